@@ -1,0 +1,182 @@
+"""Verbs that look and change nothing: inspect, verify, version."""
+
+from __future__ import annotations
+
+import platform
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+import handfast
+from handfast.cli.output import as_json_option, example, note, print_json
+from handfast.errors import Exit, HandfastError, InvalidInput, Reason, Unreachable, VerificationFailed
+from handfast.files import read_file
+from handfast.guard.places import parse_address
+from handfast.pki.certificates import encode_chain, is_authority, label, parse_certificates
+from handfast.pki.inspect import describe, render
+from handfast.pki.names import parse_name
+from handfast.pki.revocation import check_crls, parse_crls
+from handfast.pki.verification import Purpose, Terms, TrustBundle, verify
+from handfast.tls.client import ClientHandshake, ServerFacts
+from handfast.tls.judge import judge_offline
+from handfast.tls.server import TlsBroken
+
+_CONNECT_LIMIT = 10.0  # seconds for a server that is looked at
+_CRL_LIMIT = 64 << 20  # bytes: a list of a million revocations
+
+
+@click.command(
+    "inspect",
+    epilog=example("handfast inspect client.crt", "handfast inspect 127.0.0.1:8443"),
+    short_help="Show what a certificate, key, request or server holds.",
+)
+@click.argument("place", metavar="FILE|HOST:PORT")
+@click.option("--password-file", type=click.Path(path_type=Path), help="The password of a PKCS#12 file or a key.")
+@as_json_option
+def inspect_(place: str, password_file: Path | None, as_json: bool) -> None:
+    """Show what is in FILE (certificate, key, request, revocation list or PKCS#12; PEM or DER), or what the
+    server at HOST:PORT shows of itself and asks of its clients.
+    """
+    if not Path(place).exists() and _is_address(place):
+        facts = look_at_server(*parse_address(place))
+        found = describe(encode_chain(facts.chain), place)
+        server: dict[str, object] = {
+            "type": "server",
+            "version": facts.version,
+            "cipher": facts.cipher,
+            "group": facts.group,
+            "accepted_authorities": list(facts.accepted_authorities),
+        }
+        found.insert(0, server)
+    else:
+        password = None if password_file is None else read_file(password_file, "password file").strip(b"\r\n")
+        found = describe(read_file(Path(place), "file", _CRL_LIMIT), place, password)
+    if as_json:
+        print_json(found)
+    else:
+        click.echo(render(found))
+
+
+@click.command(
+    "verify",
+    epilog=example("handfast verify client.crt --bundle ca.crt --purpose client"),
+    short_help="Say whether a certificate proves what it claims, and if not, why.",
+)
+@click.argument("leaf", type=click.Path(path_type=Path))
+@click.option("--bundle", required=True, type=click.Path(path_type=Path), help="The authorities that are trusted.")
+@click.option("--chain", type=click.Path(path_type=Path), help="Certificates between the leaf and the bundle.")
+@click.option("--purpose", type=click.Choice([*Purpose]), default=Purpose.CLIENT, show_default=True)
+@click.option("--name", help="Whom it must be for: a host, or spiffe://domain/name.")
+@click.option("--at", "at", help="Judge as of this time instead of now.")
+@click.option("--crl", type=click.Path(path_type=Path), help="Revocation lists of the issuers.")
+@click.option("--legacy-certs", is_flag=True, help="Admit certificates without extended key usage or names.")
+@as_json_option
+def verify_(
+    leaf: Path,
+    bundle: Path,
+    chain: Path | None,
+    purpose: str,
+    name: str | None,
+    at: str | None,
+    crl: Path | None,
+    legacy_certs: bool,
+    as_json: bool,
+) -> int:
+    """Judge the certificate LEAF as a guard or a client would. Exit 0: it proves what it claims; 3: it does not."""
+    presented = parse_certificates(read_file(leaf, "certificate file"), str(leaf))
+    if chain is not None:
+        presented += parse_certificates(read_file(chain, "certificate file"), str(chain))
+    trusted = load_bundle(bundle)
+    now = datetime.now(UTC) if at is None else parse_time(at)
+    crls = None
+    if crl is not None:
+        crls = check_crls(
+            parse_crls(read_file(crl, "revocation list", _CRL_LIMIT), str(crl)), trusted.anchors + presented
+        )
+    expected = None if name is None else parse_name(name)
+    terms = Terms(trusted, Purpose(purpose), expected, crls=crls, legacy=legacy_certs)
+    try:
+        peer = verify(presented, terms, now, judge_offline(presented, trusted, now))
+    except VerificationFailed as refused:
+        if not as_json:
+            for failure in refused.failures[1:]:
+                note(f"also: {failure.message} [{failure.reason.code}]")
+            raise
+        also = [failure.as_json() for failure in refused.failures[1:]]
+        print_json({**refused.failure.as_json(), "also": also})
+        return Exit.REFUSED
+    path = [label(certificate) for certificate in peer.path]
+    result = {
+        "identity": str(peer.identity),
+        "authority": peer.identity.authority,
+        "path": path,
+        "not_after": peer.not_after.isoformat(),
+    }
+    if as_json:
+        print_json(result)
+    else:
+        click.echo(f"good for {purpose} use: {peer.identity}")
+        click.echo(f"  path:    {' <- '.join(path)}")
+        click.echo(f"  expires: {peer.not_after:%Y-%m-%d %H:%M:%S} UTC")
+    return Exit.OK
+
+
+@click.command("version", epilog=example("handfast version --json"), short_help="Show versions, TLS engine included.")
+@as_json_option
+def version_(as_json: bool) -> None:
+    """Show the version of handfast, of Python, and of the TLS engine that guards run on."""
+    if as_json:
+        from OpenSSL import SSL
+
+        engine = SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode()
+        print_json({"handfast": handfast.__version__, "python": platform.python_version(), "tls_engine": engine})
+    else:
+        click.echo(f"handfast {handfast.__version__} (Python {platform.python_version()})")
+
+
+def load_bundle(path: Path) -> TrustBundle:
+    """Read a trust bundle: certificates of authorities. Raises InvalidInput, also for one that is no authority."""
+    anchors = parse_certificates(read_file(path, "certificate file"), str(path))
+    for anchor in anchors:
+        if not is_authority(anchor):  # a leaf as an anchor would vouch for itself (GUARD D9)
+            detail = f"{label(anchor)} is not an authority's certificate"
+            raise InvalidInput(Reason.INPUT_NOT_CERTIFICATE, what=str(path), detail=detail)
+    return TrustBundle(anchors)
+
+
+def parse_time(text: str) -> datetime:
+    """Parse a date or an instant (ISO 8601; UTC where no zone is said). Raises InvalidInput (INPUT_TIME)."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise InvalidInput(Reason.INPUT_TIME, value=text) from None
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+def look_at_server(host: str, port: int) -> ServerFacts:
+    """Shake hands with a server and return what it showed. Nothing is verified. Raises Unreachable."""
+    target = f"{host}:{port}"
+    try:
+        with socket.create_connection((host, port), timeout=_CONNECT_LIMIT) as connection:
+            is_name = not host.replace(".", "").isdigit() and ":" not in host
+            handshake = ClientHandshake(host if is_name else None)
+            records = b""
+            while handshake.feed(records) is None:
+                connection.sendall(handshake.take())
+                records = connection.recv(1 << 16)
+                if not records:
+                    raise Unreachable(Reason.UNREACHABLE, target=target, detail="it closed during the handshake")
+            return handshake.facts
+    except TlsBroken as broken:
+        raise Unreachable(Reason.UNREACHABLE, target=target, detail=broken.failure.message) from None
+    except OSError as error:
+        raise Unreachable(Reason.UNREACHABLE, target=target, detail=(error.strerror or str(error)).lower()) from None
+
+
+def _is_address(place: str) -> bool:
+    try:
+        return "/" not in place and ":" in place and parse_address(place)[1] > 0
+    except HandfastError:
+        return False

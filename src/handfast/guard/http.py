@@ -1,0 +1,546 @@
+"""HTTP mode: the requests of one verified peer, one after another.
+
+Theory of operation. An `Exchange` is one request and its answer. Its request body is read just far enough
+to find its end, its answer likewise; nothing else of either is held. A request that comes before its turn
+waits in the buffer, within bounds. One connection to the app serves one client connection, so an answer
+can only belong to the request before it.
+
+    head -> host and path judged -> decide() -> dial or reuse -> head rewritten, identity set -> body -> answer
+
+Every refusal before `_forward` is answered by the guard, and the app never learns of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from handfast.errors import Failure, Reason, RemoteProtocolError
+from handfast.guard.events import refusal_body, told
+from handfast.guard.upstream import Upstream, dial
+from handfast.pki.verification import VerifiedPeer
+from handfast.policy import Decision, Policy, Request, decide
+from handfast.tls.server import Channel, Facts
+from handfast.wire.http1 import (
+    MAX_HEAD,
+    Body,
+    BodyKind,
+    RequestHead,
+    ResponseHead,
+    ambiguous_path,
+    body_reader,
+    find_head,
+    normal_host,
+    parse_request_head,
+    parse_response_head,
+    plain_response,
+    rewrite_request,
+    rewrite_response,
+    stays_open,
+)
+from handfast.wire.identity import claims_identity, client_cert, client_identity, fold, overrides_request
+
+if TYPE_CHECKING:
+    from handfast.guard.connection import Connection
+
+_SAFE = frozenset({b"GET", b"HEAD", b"OPTIONS"})  # RFC 9110 9.2.1: asking twice does what asking once does
+# What a proxy says of the client's side; ours replaces whatever the client sent.
+_FORWARDED = frozenset({b"xforwardedfor", b"xforwardedproto", b"forwarded", b"xrealip"})
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request and its answer."""
+
+    id: str
+    head: RequestHead
+    decision: Decision
+    body: Body
+    began: float
+    again: bytes | None  # the request, kept while it may be sent a second time on a fresh connection
+    waiting: list[bytes] = field(default_factory=list)  # for the app, until it is connected
+    answer: bytes = b""  # the answer's head, as far as it has come
+    response: ResponseHead | None = None
+    response_body: Body | None = None
+    keep: bool = False  # whether the client's connection carries another request after this
+    tunnel: bool = False  # a websocket: from here on bytes
+    first_byte: float = 0.0
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+class HttpSession:
+    """A connection that may carry requests: it cannot be made without a VerifiedPeer."""
+
+    __slots__ = (
+        *("_buffer", "_channel", "_connection", "_count", "_dialling", "_exchange", "_facts", "_finishing"),
+        *("_full", "_headers", "_reading", "_upstream", "peer"),
+    )
+
+    def __init__(self, connection: Connection, peer: VerifiedPeer, channel: Channel, facts: Facts) -> None:
+        self.peer = peer
+        self._connection = connection
+        self._channel = channel
+        self._facts = facts
+        self._buffer = b""  # plain bytes that no exchange has taken yet
+        self._exchange: Exchange | None = None
+        self._upstream: Upstream | None = None
+        self._dialling: asyncio.Task[None] | None = None
+        self._full = False  # the way to the app is full
+        self._reading = True
+        self._finishing = False
+        self._count = 0
+        self._headers = (
+            (b"X-Forwarded-For", connection.address.rpartition(":")[0].encode()),
+            (b"X-Forwarded-Proto", b"https"),
+            (b"Client-Cert", client_cert(peer.leaf_der)),
+            (b"Client-Identity", client_identity(peer.identity.name)),
+        )
+
+    def start(self) -> None:
+        """Read what came along with the last of the handshake."""
+        self._connection.set_deadline(self._connection.guard.limits.idle)
+        self._pump()
+
+    # The client's side.
+
+    def received(self, data: bytes) -> None:
+        """Records from the client."""
+        self._channel.feed(data)
+        self._pump()
+
+    def ended(self) -> None:
+        """The client's TCP ended. An answer under way is finished; a request cut short is dropped."""
+        self._client_ended()
+
+    def writable(self, yes: bool) -> None:
+        """The way to the client is full, or free again: read the app as fast as the client takes."""
+        if self._upstream is not None and self._upstream.usable:
+            if yes:
+                self._upstream.transport.resume_reading()
+            else:
+                self._upstream.transport.pause_reading()
+
+    def lost(self) -> None:
+        """The client is gone."""
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            self._log(exchange, outcome="finished" if exchange.tunnel else "client gone")
+        self._drop_upstream()
+
+    def expired(self) -> None:
+        """The deadline of what is awaited passed."""
+        exchange, limits = self._exchange, self._connection.guard.limits
+        if exchange is None:
+            if self._buffer:
+                self._refuse(Failure(Reason.HTTP_TIMEOUT))
+            else:
+                self._close()
+        elif exchange.response is None and exchange.body.done:
+            target = str(self._connection.guard.target)
+            self._fail(Failure(Reason.UPSTREAM_TIMEOUT, {"target": target, "limit": f"{limits.response:g}"}))
+        elif exchange.response is None:
+            self._fail(Failure(Reason.HTTP_TIMEOUT))
+        else:
+            self._log(exchange, **told(Failure(Reason.ENDED_IDLE, {"limit": f"{limits.idle:g}"})))
+            self._exchange = None
+            self._connection.abort()
+
+    def finish(self) -> None:
+        """Answer what is under way, then close."""
+        self._finishing = True
+        if self._exchange is None and not self._buffer:
+            self._close()
+
+    def _pump(self) -> None:
+        """Take plain bytes while there is somewhere to put them."""
+        while self._hungry():
+            plain = self._channel.read()
+            if not plain:
+                break
+            self._buffer += plain
+            self._advance()
+        self._flush()
+        if self._channel.at_eof:
+            self._client_ended()
+        self._throttle()
+
+    def _hungry(self) -> bool:
+        exchange = self._exchange
+        if self._full or self._connection.transport.is_closing():
+            return False
+        if exchange is None or (not exchange.tunnel and not exchange.body.done):
+            return exchange is None or not exchange.waiting
+        if exchange.tunnel:
+            return True
+        return len(self._buffer) < MAX_HEAD
+
+    def _throttle(self) -> None:
+        hungry = self._hungry()
+        if hungry != self._reading and not self._connection.transport.is_closing():
+            self._reading = hungry
+            if hungry:
+                self._connection.transport.resume_reading()
+            else:
+                self._connection.transport.pause_reading()
+
+    def _advance(self) -> None:
+        """Use what is in the buffer, as far as its turn has come."""
+        while self._buffer:
+            exchange = self._exchange
+            if exchange is None:
+                if not self._next_request():
+                    return
+            elif exchange.tunnel:
+                data, self._buffer = self._buffer, b""
+                exchange.bytes_in += len(data)
+                self._to_app(data)
+            elif not exchange.body.done:
+                if not self._take_body(exchange):
+                    return
+            else:
+                return
+
+    def _next_request(self) -> bool:
+        """Begin with the next request, if its head is there and may go on."""
+        guard = self._connection.guard
+        try:
+            end = find_head(self._buffer)
+            if end < 0:
+                if not self._count or self._connection.deadline > self._connection.moment() + guard.limits.head:
+                    self._connection.set_deadline(guard.limits.head)
+                return False
+            head = parse_request_head(self._buffer[:end])
+        except RemoteProtocolError as error:
+            self._refuse(error.failure)
+            return False
+        self._buffer = self._buffer[end:]
+        self._count += 1
+        policy = guard.snapshot.policy
+        failure = self._objection(head, policy)
+        if failure is not None:
+            self._refuse(failure, head)
+            return False
+        decision = decide(policy, self.peer, Request(head.method, head.path))
+        if not decision.allowed:
+            return self._deny(head, decision)
+        self._forward(head, decision)
+        return True
+
+    def _objection(self, head: RequestHead, policy: Policy) -> Failure | None:
+        """What forbids to judge the request at all."""
+        guard, server_name = self._connection.guard, self._facts.server_name
+        if guard.log.broken:
+            return Failure(Reason.GUARD_LOG_FAILED)
+        if self.peer.not_after <= guard.now:
+            return Failure(Reason.ENDED_EXPIRED)
+        if server_name and normal_host(server_name) != head.host:
+            return Failure(Reason.HTTP_MISDIRECTED)
+        if policy.judges_paths and ambiguous_path(head.path):
+            return Failure(Reason.HTTP_AMBIGUOUS_PATH)
+        if head.upgrade is not None and not head.websocket:
+            return Failure(Reason.HTTP_METHOD, {"method": f"Upgrade: {head.upgrade.decode('latin-1')[:32]}"})
+        return None
+
+    def _deny(self, head: RequestHead, decision: Decision) -> bool:
+        rule = None if decision.rule is None else str(decision.rule)
+        failure = Failure(decision.reason, {"who": str(self.peer.identity), "rule": rule})
+        if head.body is not BodyKind.NONE or not head.keep_alive or self._finishing:
+            self._refuse(failure, head)
+            return False
+        self._answer(failure, head, close=False)
+        self._connection.set_deadline(self._connection.guard.limits.idle)
+        return True
+
+    # The request, on its way to the app.
+
+    def _forward(self, head: RequestHead, decision: Decision) -> None:
+        connection = self._connection
+        judges = connection.guard.snapshot.policy.judges_paths
+        sent = rewrite_request(head, self._headers, _strip_override if judges else _strip)
+        repeatable = head.body is BodyKind.NONE and head.method in _SAFE and not head.websocket
+        exchange = Exchange(
+            id=f"{connection.id}-{self._count}",
+            head=head,
+            decision=decision,
+            body=body_reader(head.body, head.length),
+            began=connection.moment(),
+            again=sent if repeatable else None,
+        )
+        self._exchange = exchange
+        connection.set_deadline(connection.guard.limits.response)
+        if self._upstream is not None and self._upstream.usable:
+            self._upstream.transport.write(sent)
+        else:
+            exchange.again = None  # the connection is new: a failure is the app's word
+            exchange.waiting.append(sent)
+            self._dial()
+
+    def _dial(self) -> None:
+        guard = self._connection.guard
+        self._drop_upstream()
+        self._dialling = dial(guard.target, self, guard.limits.connect)
+
+    def _take_body(self, exchange: Exchange) -> bool:
+        try:
+            out, used = exchange.body.feed(self._buffer)
+        except RemoteProtocolError as error:
+            self._fail(error.failure)
+            return False
+        exchange.bytes_in += used
+        self._buffer = self._buffer[used:]
+        self._connection.set_deadline(self._connection.guard.limits.response)
+        if out:
+            self._to_app(out)
+        return True
+
+    def _to_app(self, data: bytes) -> None:
+        exchange = self._exchange
+        assert exchange is not None
+        if exchange.waiting or self._upstream is None:
+            exchange.waiting.append(data)
+        elif self._upstream.usable:
+            self._upstream.transport.write(data)
+
+    # The app's side.
+
+    def upstream_open(self, upstream: Upstream) -> None:
+        """See Owner."""
+        self._dialling = None
+        exchange = self._exchange
+        if exchange is None or self._connection.transport.is_closing():
+            upstream.drop()
+            return
+        self._upstream = upstream
+        waiting, exchange.waiting = exchange.waiting, []
+        upstream.transport.write(b"".join(waiting))
+        self._advance()
+        self._pump()
+
+    def upstream_failed(self, failure: Failure) -> None:
+        """See Owner."""
+        self._dialling = None
+        self._fail(failure)
+
+    def upstream_data(self, data: bytes) -> None:
+        """See Owner."""
+        exchange = self._exchange
+        if exchange is None:  # an answer to nothing: what follows it could not be trusted
+            self._drop_upstream()
+            return
+        exchange.again = None
+        try:
+            self._take_answer(exchange, data)
+        except RemoteProtocolError as error:
+            detail = error.facts.get("detail", error.failure.message)
+            facts = {"target": str(self._connection.guard.target), "detail": detail}
+            self._fail(Failure(Reason.UPSTREAM_BAD_RESPONSE, facts))
+            return
+        self._flush()
+        if self._exchange is None:
+            self._advance()
+            self._pump()
+
+    def upstream_ended(self) -> None:
+        """See Owner."""
+        self._upstream_gone()
+
+    def upstream_lost(self) -> None:
+        """See Owner."""
+        self._upstream_gone()
+
+    def upstream_writable(self, yes: bool) -> None:
+        """See Owner."""
+        self._full = not yes
+        if yes:
+            self._advance()
+            self._pump()
+        else:
+            self._throttle()
+
+    def _take_answer(self, exchange: Exchange, data: bytes) -> None:
+        """Read what the app sent; write what of it goes to the client."""
+        out: list[bytes] = []
+        limits = self._connection.guard.limits
+        while data and self._exchange is exchange:
+            if exchange.tunnel:
+                out.append(data)
+                break
+            if exchange.response is None:
+                exchange.answer += data
+                end = find_head(exchange.answer)
+                if end < 0:
+                    break
+                head, data, exchange.answer = exchange.answer[:end], exchange.answer[end:], b""
+                out.append(self._take_head(exchange, parse_response_head(head, exchange.head.method)))
+            else:
+                assert exchange.response_body is not None
+                if exchange.response_body.done:
+                    break
+                piece, used = exchange.response_body.feed(data)
+                out.append(piece)
+                data = data[used:]
+            self._connection.set_deadline(limits.idle)
+        whole = b"".join(out) if len(out) != 1 else out[0]
+        exchange.bytes_out += len(whole)
+        if whole:
+            self._channel.write(whole)
+        if exchange.response_body is not None and exchange.response_body.done and not exchange.tunnel:
+            self._done(exchange, reusable=not data)
+
+    def _take_head(self, exchange: Exchange, response: ResponseHead) -> bytes:
+        minor = exchange.head.minor
+        exchange.first_byte = exchange.first_byte or self._connection.moment()
+        if response.status == 101:
+            made = rewrite_response(response, True, exchange.head.websocket)
+            exchange.response, exchange.tunnel = response, True
+            self._connection.deadline = float("inf")
+            return made
+        if response.status < 200:
+            return rewrite_response(response, True) if minor else b""
+        exchange.response = response
+        exchange.response_body = body_reader(response.body, response.length, decode=minor == 0)
+        # A client that has not sent all of its body yet cannot be asked for another request behind it, and one
+        # that asked for a websocket and got none may already speak its language (GUARD F3).
+        exchange.keep = (
+            stays_open(exchange.head, response)
+            and exchange.body.done
+            and not exchange.head.websocket
+            and not self._finishing
+        )
+        return rewrite_response(response, exchange.keep, client_minor=minor)
+
+    def _done(self, exchange: Exchange, *, reusable: bool) -> None:
+        response = exchange.response
+        assert response is not None
+        self._log(exchange)
+        self._exchange = None
+        if not (reusable and response.keep_alive and exchange.body.done):
+            self._drop_upstream()
+        if not exchange.keep or self._channel.at_eof:
+            self._close()
+        else:
+            self._connection.set_deadline(self._connection.guard.limits.idle)
+
+    def _upstream_gone(self) -> None:
+        """The app closed its side: the end of an answer, or a failure."""
+        exchange = self._exchange
+        self._drop_upstream()
+        if exchange is None:
+            return
+        if exchange.again is not None:  # a kept connection that the app closed as we wrote: ask once more
+            exchange.waiting, exchange.again = [exchange.again], None
+            self._dial()
+        elif exchange.response is None:
+            facts = {"target": str(self._connection.guard.target), "detail": "it closed without an answer"}
+            self._fail(Failure(Reason.UPSTREAM_DOWN, facts))
+        elif exchange.response.body is BodyKind.UNTIL_CLOSE or exchange.tunnel:
+            exchange.keep = False
+            self._done(exchange, reusable=False)
+        else:  # cut short: the client must see that it is
+            self._fail(Failure(Reason.UPSTREAM_BAD_RESPONSE, {"detail": "it closed in the midst of its answer"}))
+
+    # Ends.
+
+    def _fail(self, failure: Failure) -> None:
+        """The exchange cannot be finished: say so if nothing was said yet, else cut the answer off visibly."""
+        exchange = self._exchange
+        self._drop_upstream()
+        if exchange is None:
+            return
+        self._exchange = None
+        if exchange.response is None:
+            self._answer(failure, exchange.head, close=True, exchange=exchange)
+            self._close()
+        else:
+            self._log(exchange, **told(failure))
+            self._connection.abort()
+
+    def _refuse(self, failure: Failure, head: RequestHead | None = None) -> None:
+        """Answer a request that is not forwarded, and close."""
+        self._answer(failure, head, close=True)
+        self._close()
+
+    def _answer(
+        self, failure: Failure, head: RequestHead | None, *, close: bool, exchange: Exchange | None = None
+    ) -> None:
+        request_id = exchange.id if exchange is not None else f"{self._connection.id}-{self._count}"
+        fields = {} if head is None else _request_fields(head)
+        rule = failure.facts.get("rule")
+        status = failure.reason.http or 403
+        decision = "deny" if exchange is None else "allow"
+        self._connection.event(
+            "request", request=request_id, decision=decision, rule=rule, status=status, **fields, **told(failure)
+        )
+        body = refusal_body(failure.reason, request_id)
+        head_only = head is not None and head.method == b"HEAD"
+        self._channel.write(plain_response(status, body, close=close, head_only=head_only))
+        self._flush()
+
+    def _close(self) -> None:
+        self._buffer = b""
+        self._drop_upstream()
+        if self._connection.transport.is_closing():
+            return
+        self._channel.close()
+        self._flush()
+        if not self._reading:
+            self._connection.transport.resume_reading()
+        self._connection.linger()
+
+    def _client_ended(self) -> None:
+        exchange = self._exchange
+        if exchange is None:
+            self._close()
+        elif exchange.tunnel or not exchange.body.done:
+            self._connection.abort()
+
+    def _flush(self) -> None:
+        if records := self._channel.take():
+            self._connection.transport.write(records)
+
+    def _drop_upstream(self) -> None:
+        self._full = False
+        if self._dialling is not None:
+            self._dialling.cancel()
+            self._dialling = None
+        if self._upstream is not None:
+            self._upstream.drop()
+            self._upstream = None
+
+    def _log(self, exchange: Exchange, **fields: object) -> None:
+        now = self._connection.moment()
+        status = None if exchange.response is None else exchange.response.status
+        decision = exchange.decision
+        self._connection.event(
+            "request",
+            request=exchange.id,
+            decision=str(decision.effect),
+            rule=None if decision.rule is None else str(decision.rule),
+            status=status,
+            **_request_fields(exchange.head),
+            **({"reason": decision.reason.code} | fields),
+            ms=round((now - exchange.began) * 1000, 1),
+            app_ms=round((exchange.first_byte - exchange.began) * 1000, 1) if exchange.first_byte else None,
+            bytes_in=exchange.bytes_in,
+            bytes_out=exchange.bytes_out,
+        )
+
+
+def _request_fields(head: RequestHead) -> dict[str, str]:
+    """What the log says of a request; never its query, which may hold secrets."""
+    return {
+        "method": head.method.decode("ascii", "replace"),
+        "host": head.host.decode("ascii", "replace"),
+        "path": head.path[:512].decode("ascii", "replace"),
+    }
+
+
+def _strip(name: bytes) -> bool:
+    return claims_identity(name) or fold(name) in _FORWARDED
+
+
+def _strip_override(name: bytes) -> bool:
+    """Where rules judge method and path, no header may tell the app another one."""
+    return _strip(name) or overrides_request(name)

@@ -1,0 +1,153 @@
+"""The guard as a whole: what is in force, who is connected, when trust ends, and how it stops.
+
+One snapshot is in force at a time and is swapped as one value. Every half second each connection is asked
+whether its time is up and whether its peer is still trusted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from handfast.errors import Failure, HandfastError, Reason, Unreachable
+from handfast.guard.connection import Connection
+from handfast.guard.events import EventLog
+from handfast.guard.places import Target, join_address
+from handfast.pki.verification import VerifiedPeer, still_trusted
+from handfast.policy import Policy, admits
+from handfast.tls.server import ServerContext
+
+TICK = 0.5  # seconds; a trust that ended is acted on within two of them
+BACKLOG = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long and how much, in seconds and bytes."""
+
+    handshake: float = 10  # from the first byte of the connection to the end of the handshake
+    head: float = 10  # from the first byte of a request to the end of its head
+    idle: float = 75  # between requests, or without a byte either way
+    connect: float = 5  # to the app
+    response: float = 60  # from the request to the head of its response
+    drain: float = 30  # for open requests, once the guard is told to stop
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that decides: the TLS generation (credential, bundle, revocations) and the policy."""
+
+    context: ServerContext
+    policy: Policy
+
+    def objection(self, peer: VerifiedPeer, now: datetime) -> Failure | None:
+        """Why a connected peer may not stay; None if it may."""
+        failure = still_trusted(peer, self.context.terms, now)
+        if failure is not None:
+            return failure
+        return None if admits(self.policy, peer) else Failure(Reason.ENDED_POLICY)
+
+
+@dataclass(slots=True)
+class Guard:
+    """A running guard. `refresh` is asked each tick for a new snapshot; None keeps the one in force."""
+
+    snapshot: Snapshot
+    target: Target
+    log: EventLog
+    limits: Limits = field(default_factory=Limits)
+    refresh: Callable[[datetime], Snapshot | None] | None = None
+    connections: set[Connection] = field(default_factory=set)
+    draining: bool = False
+    _servers: list[asyncio.Server] = field(default_factory=list)
+    _ticker: asyncio.TimerHandle | None = None
+    _reload_failure: str = ""
+
+    @property
+    def now(self) -> datetime:
+        """The instant by which chains are judged."""
+        return datetime.now(UTC)
+
+    async def listen(self, host: str, port: int) -> str:
+        """Begin to serve; return the address in use. Raises Unreachable (GUARD_LISTEN)."""
+        loop = asyncio.get_running_loop()
+        try:
+            server = await loop.create_server(
+                lambda: Connection(self), host, port, backlog=BACKLOG, reuse_address=os.name == "posix"
+            )
+        except (OSError, UnicodeError) as error:
+            detail = _listen_detail(error)
+            raise Unreachable(Reason.GUARD_LISTEN, address=join_address(host, port), detail=detail) from None
+        self._servers.append(server)
+        if self._ticker is None:
+            self._ticker = loop.call_later(TICK, self._tick)
+        name = server.sockets[0].getsockname()
+        return join_address(name[0], name[1])
+
+    async def stop(self) -> None:
+        """Take no more connections, let open requests finish within the drain limit, then end the rest."""
+        self.draining = True
+        for server in self._servers:
+            server.close()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.limits.drain
+        for connection in list(self.connections):
+            connection.drain()
+        while self.connections and loop.time() < deadline:
+            await asyncio.sleep(0.05)
+        for connection in list(self.connections):
+            connection.abort()
+        if self._ticker is not None:
+            self._ticker.cancel()
+
+    def swap(self, snapshot: Snapshot) -> None:
+        """Put a new snapshot in force, at once and whole; connections that it does not allow end."""
+        self.snapshot = snapshot
+        now = self.now
+        for connection in list(self.connections):
+            connection.recheck(now)
+
+    def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._ticker = loop.call_later(TICK, self._tick)
+        self._refresh()
+        moment, now = loop.time(), self.now
+        for connection in list(self.connections):
+            connection.tick(moment, now)
+
+    def _refresh(self) -> None:
+        if self.refresh is None:
+            return
+        try:
+            snapshot = self.refresh(self.now)
+            if snapshot is not None:
+                self.swap(snapshot)
+                self.log.emit("reload", self.now, outcome="taken")
+            self._reload_failure = ""
+        except HandfastError as error:  # what is in force stays, whole; said once per cause
+            if self._reload_failure != str(error):
+                self._reload_failure = str(error)
+                self.log.emit("reload", self.now, outcome="kept", reason=error.reason.code, detail=str(error))
+
+
+def raise_descriptor_limit() -> None:
+    """Ask for as many file descriptors as the system gives: each client takes up to two."""
+    try:
+        import resource
+    except ImportError:  # not POSIX
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _listen_detail(error: OSError | UnicodeError) -> str:
+    if isinstance(error, socket.gaierror):
+        return "the host is not known here"
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno).lower()
+    return "it is not an address of this machine"

@@ -1,0 +1,140 @@
+"""TCP mode: the bytes of one verified peer, both ways, unread."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from handfast.errors import Failure
+from handfast.guard.events import told
+from handfast.guard.upstream import Upstream, dial
+from handfast.pki.verification import VerifiedPeer
+from handfast.tls.server import Channel
+
+if TYPE_CHECKING:
+    from handfast.guard.connection import Connection
+
+
+class Tunnel:
+    """A connection that was allowed as a whole. Backpressure: each side is read only while the other takes."""
+
+    __slots__ = ("_channel", "_connection", "_dialling", "_full", "_in", "_out", "_upstream", "peer")
+
+    def __init__(self, connection: Connection, peer: VerifiedPeer, channel: Channel) -> None:
+        self.peer = peer
+        self._connection = connection
+        self._channel = channel
+        self._upstream: Upstream | None = None
+        self._dialling: asyncio.Task[None] | None = None
+        self._full = True  # nothing is read from the client until there is somewhere to put it
+        self._in = self._out = 0  # bytes, as the app reads and writes them
+
+    def start(self) -> None:
+        """Dial the app: the decision is made."""
+        connection = self._connection
+        connection.transport.pause_reading()
+        connection.deadline = float("inf")
+        self._dialling = dial(connection.guard.target, self, connection.guard.limits.connect)
+
+    # The client's side.
+
+    def received(self, data: bytes) -> None:
+        """Records from the client."""
+        self._channel.feed(data)
+        self._pump()
+
+    def ended(self) -> None:
+        """The client's TCP ended. Without close_notify before it the stream may be cut short: pass no end on."""
+        if not self._channel.at_eof:
+            self._connection.abort()
+
+    def writable(self, yes: bool) -> None:
+        """The way to the client is full, or free again."""
+        if self._upstream is not None and self._upstream.usable:
+            _flow(self._upstream.transport, yes)
+
+    def lost(self) -> None:
+        """The client is gone."""
+        if self._dialling is not None:
+            self._dialling.cancel()
+        if self._upstream is not None:
+            self._upstream.drop()
+        took = round((self._connection.moment() - self._connection.opened) * 1000, 1)
+        self._connection.event("closed", bytes_in=self._in, bytes_out=self._out, ms=took)
+
+    def expired(self) -> None:
+        """A tunnel has no deadline of its own."""
+
+    def finish(self) -> None:
+        """A tunnel goes on until the drain limit."""
+
+    # The app's side.
+
+    def upstream_open(self, upstream: Upstream) -> None:
+        """See Owner."""
+        self._upstream = upstream
+        self._full = False
+        self._connection.transport.resume_reading()
+        self._pump()
+
+    def upstream_failed(self, failure: Failure) -> None:
+        """See Owner."""
+        self._connection.event("upstream", **told(failure))
+        self._close()
+
+    def upstream_data(self, data: bytes) -> None:
+        """See Owner."""
+        self._out += len(data)
+        self._channel.write(data)
+        self._connection.transport.write(self._channel.take())
+
+    def upstream_ended(self) -> None:
+        """See Owner. Half-closed: the client may still send."""
+        self._channel.close()
+        if records := self._channel.take():
+            self._connection.transport.write(records)
+        self._connection.transport.write_eof()
+        if self._channel.at_eof:
+            self._connection.linger()
+
+    def upstream_lost(self) -> None:
+        """See Owner."""
+        self._close()
+
+    def upstream_writable(self, yes: bool) -> None:
+        """See Owner."""
+        self._full = not yes
+        _flow(self._connection.transport, yes)
+        if yes:
+            self._pump()
+
+    def _pump(self) -> None:
+        upstream = self._upstream
+        while not self._full and upstream is not None and upstream.usable:
+            plain = self._channel.read()
+            if not plain:
+                break
+            self._in += len(plain)
+            upstream.transport.write(plain)
+        if self._channel.at_eof and upstream is not None and upstream.usable:
+            upstream.transport.write_eof()
+        if records := self._channel.take():  # answers of TLS itself, as to a KeyUpdate
+            self._connection.transport.write(records)
+
+    def _close(self) -> None:
+        if self._upstream is not None:
+            self._upstream.drop()
+            self._upstream = None
+        self._channel.close()
+        if records := self._channel.take():
+            self._connection.transport.write(records)
+        if not self._connection.transport.is_closing():
+            self._connection.transport.resume_reading()
+            self._connection.linger()
+
+
+def _flow(transport: asyncio.Transport, yes: bool) -> None:
+    if yes:
+        transport.resume_reading()
+    else:
+        transport.pause_reading()

@@ -1,0 +1,123 @@
+"""The way to the app: one connection of its own for each client connection that needs it.
+
+Never shared between clients, so no answer can reach the wrong one, and no identity another's request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from typing import Protocol
+
+from handfast.errors import Failure, Reason
+from handfast.guard.places import Target
+
+
+class Owner(Protocol):
+    """Who an upstream connection belongs to."""
+
+    def upstream_open(self, upstream: Upstream) -> None:
+        """It can be written to."""
+
+    def upstream_failed(self, failure: Failure) -> None:
+        """It could not be opened."""
+
+    def upstream_data(self, data: bytes) -> None:
+        """The app sent bytes."""
+
+    def upstream_ended(self) -> None:
+        """The app sends no more; it may still read."""
+
+    def upstream_lost(self) -> None:
+        """It is closed, by whomever."""
+
+    def upstream_writable(self, yes: bool) -> None:
+        """The way to the app is full, or free again."""
+
+
+class Upstream(asyncio.Protocol):
+    """One connection to the app."""
+
+    __slots__ = ("_owner", "transport")
+
+    transport: asyncio.Transport
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner: Owner | None = owner
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio.Protocol."""
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        if self._owner is not None:
+            self._owner.upstream_data(data)
+
+    def eof_received(self) -> bool:
+        """See asyncio.Protocol."""
+        if self._owner is not None:
+            self._owner.upstream_ended()
+        return self._owner is not None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        owner, self._owner = self._owner, None
+        if owner is not None:
+            owner.upstream_lost()
+
+    def pause_writing(self) -> None:
+        """See asyncio.Protocol."""
+        if self._owner is not None:
+            self._owner.upstream_writable(False)
+
+    def resume_writing(self) -> None:
+        """See asyncio.Protocol."""
+        if self._owner is not None:
+            self._owner.upstream_writable(True)
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is still open, as far as we know."""
+        return self._owner is not None and not self.transport.is_closing()
+
+    def drop(self) -> None:
+        """Close it at once; the owner hears no more of it."""
+        self._owner = None
+        self.transport.abort()
+
+
+def dial(target: Target, owner: Owner, limit: float) -> asyncio.Task[None]:
+    """Open a connection to the app for `owner`, which hears how it went. Cancel the task to give up."""
+    return asyncio.get_running_loop().create_task(_dial(target, owner, limit))
+
+
+async def _dial(target: Target, owner: Owner, limit: float) -> None:
+    loop = asyncio.get_running_loop()
+    made: list[Upstream] = []
+
+    def protocol() -> Upstream:
+        made.append(Upstream(owner))
+        return made[-1]
+
+    try:
+        async with asyncio.timeout(limit):
+            if target.path:
+                await loop.create_unix_connection(protocol, target.path)
+            else:
+                await loop.create_connection(protocol, target.host, target.port)
+    except TimeoutError:
+        owner.upstream_failed(_down(target, f"no answer in {limit:g} s"))
+    except socket.gaierror:
+        owner.upstream_failed(_down(target, "its name is not known"))
+    except OSError as error:
+        detail = os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error)
+        owner.upstream_failed(_down(target, detail))
+    else:
+        owner.upstream_open(made[-1])
+
+
+def _down(target: Target, detail: str) -> Failure:
+    return Failure(Reason.UPSTREAM_DOWN, {"target": str(target), "detail": detail})

@@ -1,0 +1,439 @@
+"""Verification: does this chain prove who its holder claims to be, here, now, for this use?
+
+`verify` is the only maker of a VerifiedPeer. A judge decides on the path: `cryptography`'s verifier, or
+OpenSSL through a Judgement that `tls` hands in. Our own rules come on top and are stricter; our diagnosis
+says why a chain was refused, in full, and never overturns the judge.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, mldsa, rsa
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import verification as judge
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
+
+from handfast.errors import Failure, InvalidInput, Reason, VerificationFailed
+from handfast.pki.certificates import (
+    certificate_names,
+    common_names,
+    fingerprint,
+    forbidden_names,
+    is_authority,
+    label,
+    serial_text,
+)
+from handfast.pki.names import Kind, Name
+from handfast.pki.revocation import NO_REVOCATIONS, CrlSet, Revocations
+
+MAX_CHAIN = 10  # certificates a peer may present; a longer chain is refused unread (GUARD: verifier floods)
+
+# SHA-1 and older: RFC 9155, RFC 6151. A root's signature on itself proves nothing and is not looked at.
+_BROKEN_HASHES = frozenset({"md2", "md4", "md5", "sha1"})
+_CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
+
+
+class Purpose(StrEnum):
+    """Which side of a handshake the chain is for."""
+
+    CLIENT = "client"
+    SERVER = "server"
+
+
+_EKU = {Purpose.CLIENT: ExtendedKeyUsageOID.CLIENT_AUTH, Purpose.SERVER: ExtendedKeyUsageOID.SERVER_AUTH}
+_EKU_WORDS = {
+    ExtendedKeyUsageOID.CLIENT_AUTH: "client",
+    ExtendedKeyUsageOID.SERVER_AUTH: "server",
+    ExtendedKeyUsageOID.EMAIL_PROTECTION: "email",
+    ExtendedKeyUsageOID.CODE_SIGNING: "code signing",
+    ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE: "any",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TrustBundle:
+    """The issuers a side accepts.
+
+    `trust_domain`: the only SPIFFE trust domain that they may vouch for; None leaves it open, which fits
+    an authority that is not ours.
+    """
+
+    anchors: tuple[x509.Certificate, ...]
+    trust_domain: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What is asked of a chain.
+
+    `name`: whom it must be for, or None. `legacy` admits certificates without extended key usage or without
+    a subject alternative name; they are then named by their common name.
+    """
+
+    bundle: TrustBundle
+    purpose: Purpose
+    name: Name | None = None
+    revocations: Revocations = NO_REVOCATIONS
+    crls: CrlSet | None = None
+    legacy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A judge's word on a chain: the path from leaf to anchor that it accepts, or () and why not."""
+
+    path: tuple[x509.Certificate, ...]
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a peer is once verified: who vouches for it, and its one typed name.
+
+    `authority` is the bundle's trust domain, or `sha256:` and the anchor's fingerprint: two authorities that
+    use the same name do not make the same identity.
+    """
+
+    authority: str
+    name: Name
+
+    def __str__(self) -> str:
+        return str(self.name)
+
+
+_PROOF = object()
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedPeer:
+    """A peer that `verify` accepted; it cannot be made in any other way."""
+
+    identity: Identity
+    names: tuple[Name, ...]  # all that a rule may match: alternative names, common names, the certificate's SHA-256
+    path: tuple[x509.Certificate, ...]  # leaf to anchor
+    not_after: datetime  # when the first certificate of the path expires: trust ends then
+    proof: object = field(repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.proof is not _PROOF:
+            raise TypeError("only handfast.pki.verify makes a VerifiedPeer")
+
+    @property
+    def leaf(self) -> x509.Certificate:
+        """The peer's own certificate."""
+        return self.path[0]
+
+    @property
+    def leaf_der(self) -> bytes:
+        """The peer's own certificate in DER."""
+        return self.path[0].public_bytes(Encoding.DER)
+
+
+def verify(
+    chain: Sequence[x509.Certificate], terms: Terms, now: datetime, judgement: Judgement | None = None
+) -> VerifiedPeer:
+    """Return who the chain proves its holder to be. `chain` is as presented: leaf first, any order behind.
+
+    Raises VerificationFailed with every reason found, the most telling first. Raises nothing else, whatever
+    the certificates hold.
+    """
+    if not chain:
+        raise VerificationFailed((Failure(Reason.VERIFY_NO_CERTIFICATE),))
+    if len(chain) > MAX_CHAIN:
+        raise VerificationFailed((Failure(Reason.VERIFY_CHAIN_TOO_LONG, {"count": len(chain), "limit": MAX_CHAIN}),))
+    try:
+        if judgement is None:
+            judgement = _judge(chain, terms, now)
+        if judgement.path:
+            failures = _rules(judgement.path, terms, now)
+            if not failures:
+                return _accept(judgement.path, terms)
+        else:
+            path, failures = _diagnose(chain, terms, now)
+            failures += [failure for failure in _rules(path, terms, now) if failure not in failures]
+            failures = failures or [Failure(Reason.VERIFY_JUDGE, {"detail": judgement.detail})]
+    except (InvalidInput, ValueError, TypeError, x509.UnsupportedGeneralNameType, UnsupportedAlgorithm) as error:
+        detail = error.facts.get("detail", "") if isinstance(error, InvalidInput) else str(error)
+        failures = [Failure(Reason.VERIFY_MALFORMED, {"detail": str(detail)[:200]})]
+    raise VerificationFailed(tuple(failures))
+
+
+def still_trusted(peer: VerifiedPeer, terms: Terms, now: datetime) -> Failure | None:
+    """Why a peer that was verified under older terms may not stay under these; None if it may.
+
+    Signatures and names do not change, so it looks at what does: time, revocations, the bundle.
+    """
+    if now >= peer.not_after:
+        return Failure(Reason.ENDED_EXPIRED)
+    if peer.path[-1] not in terms.bundle.anchors:
+        facts = {"subject": label(peer.leaf), "issuer": _issuer_label(peer.path[-1])}
+        return Failure(Reason.VERIFY_UNKNOWN_ISSUER, facts)
+    failures = _revoked(peer.path, terms, now)
+    if any(failure.reason is Reason.VERIFY_REVOKED for failure in failures):
+        return Failure(Reason.ENDED_REVOKED)
+    return failures[0] if failures else None
+
+
+def name_matches(certificate: x509.Certificate, name: Name) -> bool:
+    """Whether the certificate is for `name`; a DNS wildcard stands for one left-most label (RFC 9525 6.3)."""
+    for candidate in certificate_names(certificate):
+        if candidate == name:
+            return True
+        if candidate.kind is Kind.DNS is name.kind and candidate.value.startswith("*."):
+            first, dot, rest = name.value.partition(".")
+            if first and dot and rest == candidate.value[2:] and "." in rest:
+                return True
+    return False
+
+
+def _accept(path: tuple[x509.Certificate, ...], terms: Terms) -> VerifiedPeer:
+    leaf, anchor = path[0], path[-1]
+    names = certificate_names(leaf)
+    cns = common_names(leaf)
+    authority = terms.bundle.trust_domain or f"sha256:{fingerprint(anchor)}"
+    return VerifiedPeer(
+        identity=Identity(authority, _principal(names, cns)),
+        names=(*names, *cns, Name(Kind.SHA256, fingerprint(leaf))),
+        path=path,
+        not_after=min(certificate.not_valid_after_utc for certificate in path),
+        proof=_PROOF,
+    )
+
+
+def _principal(names: tuple[Name, ...], cns: tuple[Name, ...]) -> Name:
+    """The one name that stands for the peer; `_rules` has made sure that there is one."""
+    rank = (Kind.SPIFFE, Kind.URI, Kind.EMAIL, Kind.DNS, Kind.IP, Kind.CN, Kind.OPAQUE)
+    return min((*names, *cns), key=lambda name: rank.index(name.kind))
+
+
+# Our rules, on top of the judge's.
+
+
+def _rules(path: Sequence[x509.Certificate], terms: Terms, now: datetime) -> list[Failure]:
+    if not path:
+        return []
+    failures = _revoked(path, terms, now)
+    for at, certificate in enumerate(path):
+        is_anchor = at == len(path) - 1 and at > 0
+        failures += _floor(certificate, signed=not is_anchor)
+    leaf = path[0]
+    if is_authority(leaf) and leaf.version is x509.Version.v3:
+        failures.append(Failure(Reason.VERIFY_CA_AS_LEAF, {"subject": label(leaf)}))
+    return failures + _usage(leaf, terms) + _names(leaf, terms)
+
+
+def _revoked(path: Sequence[x509.Certificate], terms: Terms, now: datetime) -> list[Failure]:
+    failures = []
+    for certificate, issuer in itertools.pairwise(path):
+        if terms.revocations.revoked(certificate):
+            facts = {"subject": label(certificate), "serial": serial_text(certificate.serial_number)}
+            failures.append(Failure(Reason.VERIFY_REVOKED, facts))
+        if terms.crls is not None and (failure := terms.crls.failure(certificate, issuer, now)) is not None:
+            failures.append(failure)
+    return failures
+
+
+def _floor(certificate: x509.Certificate, *, signed: bool) -> list[Failure]:
+    failures = []
+    try:
+        weak = _weak(certificate.public_key())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        weak = str(error)[:100]
+    if weak:
+        failures.append(Failure(Reason.VERIFY_WEAK_KEY, {"subject": label(certificate), "detail": weak}))
+    if signed:
+        algorithm = certificate.signature_hash_algorithm
+        if algorithm is not None and algorithm.name in _BROKEN_HASHES:
+            facts = {"subject": label(certificate), "hash": algorithm.name.upper()}
+            failures.append(Failure(Reason.VERIFY_WEAK_HASH, facts))
+    return failures
+
+
+def _weak(key: object) -> str:
+    """Why a key is below the floor (NIST SP 800-131A: 112 bits), or ''. Size only: who issued it checked the rest."""
+    match key:
+        case rsa.RSAPublicKey():
+            return f"RSA of {key.key_size} bits; 2048 at least" if not 2048 <= key.key_size <= 16384 else ""
+        case ec.EllipticCurvePublicKey():
+            return "" if isinstance(key.curve, _CURVES) else f"the curve {key.curve.name}"
+        case ed25519.Ed25519PublicKey() | ed448.Ed448PublicKey():
+            return ""
+        case mldsa.MLDSA44PublicKey() | mldsa.MLDSA65PublicKey() | mldsa.MLDSA87PublicKey():
+            return ""
+        case _:
+            return "a kind of key that is not accepted"
+
+
+def _usage(leaf: x509.Certificate, terms: Terms) -> list[Failure]:
+    failures = []
+    facts: dict[str, object] = {"subject": label(leaf), "purpose": str(terms.purpose)}
+    try:
+        usages = list(leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
+        if _EKU[terms.purpose] not in usages:  # anyExtendedKeyUsage does not count (RFC 5280 4.2.1.12 lets us)
+            words = ", ".join(_EKU_WORDS.get(usage, usage.dotted_string) for usage in usages)
+            failures.append(Failure(Reason.VERIFY_PURPOSE, facts | {"usages": words}))
+    except x509.ExtensionNotFound:
+        if not terms.legacy:
+            failures.append(Failure(Reason.VERIFY_NO_EKU, facts))
+    try:
+        if not leaf.extensions.get_extension_for_class(x509.KeyUsage).value.digital_signature:
+            # RFC 8446 4.4.2.2: digitalSignature must be set where keyUsage is there.
+            failures.append(Failure(Reason.VERIFY_KEY_USAGE, facts | {"usage": "digital signatures"}))
+    except x509.ExtensionNotFound:
+        pass
+    return failures
+
+
+def _names(leaf: x509.Certificate, terms: Terms) -> list[Failure]:
+    names, cns, subject = certificate_names(leaf), common_names(leaf), label(leaf)
+    failures = [
+        Failure(Reason.VERIFY_FORBIDDEN_NAME, {"subject": subject, "name": name.value})
+        for name in forbidden_names(leaf)
+    ]
+    if all(name.kind is Kind.OPAQUE for name in names) and not (terms.legacy and cns):
+        failures.append(Failure(Reason.VERIFY_NO_NAME, {"subject": subject}))
+    uris = [name for name in names if name.is_uri]
+    if len(uris) > 1 and (terms.purpose is Purpose.CLIENT or any(name.kind is Kind.SPIFFE for name in uris)):
+        # X509-SVID 2: exactly one URI. We ask it of every client, so that a peer has one name.
+        failures.append(Failure(Reason.VERIFY_SVID_NAMES, {"subject": subject, "count": len(uris)}))
+    domain = terms.bundle.trust_domain
+    failures += [
+        Failure(Reason.VERIFY_TRUST_DOMAIN, {"name": str(name), "trust_domain": domain})
+        for name in names
+        if domain is not None and name.kind is Kind.SPIFFE and name.trust_domain != domain
+    ]
+    if terms.name is not None and not name_matches(leaf, terms.name):
+        if terms.legacy and not names and terms.name.kind is Kind.DNS and Name(Kind.CN, terms.name.value) in cns:
+            return failures
+        facts = {"names": ", ".join(map(str, names)) or subject, "name": str(terms.name)}
+        failures.append(Failure(Reason.VERIFY_NAME_MISMATCH, facts))
+    return failures
+
+
+# The judge we bring along, and the diagnosis of what a judge refused.
+
+
+def _judge(chain: Sequence[x509.Certificate], terms: Terms, now: datetime) -> Judgement:
+    """`cryptography`'s verifier. It knows no URI name constraints and refuses chains that have them.
+
+    The rules on usage and names are ours (above), so it is told to let the leaf's extensions pass.
+    """
+    policy = judge.ExtensionPolicy
+    authority_policy = policy.webpki_defaults_ca()
+    leaf_policy = policy.permit_all()
+    builder = judge.PolicyBuilder().store(judge.Store(list(terms.bundle.anchors))).time(now.replace(tzinfo=None))
+    builder = builder.extension_policies(ca_policy=authority_policy, ee_policy=leaf_policy)
+    try:
+        verified = builder.max_chain_depth(MAX_CHAIN - 2).build_client_verifier().verify(chain[0], list(chain[1:]))
+    except judge.VerificationError as error:
+        return Judgement((), str(error)[:300])
+    return Judgement(tuple(verified.chain))
+
+
+def _diagnose(
+    chain: Sequence[x509.Certificate], terms: Terms, now: datetime
+) -> tuple[list[x509.Certificate], list[Failure]]:
+    """Walk from the leaf towards an anchor; return the path so far and what is wrong with it."""
+    path, failures = [chain[0]], list[Failure]()
+    anchors = terms.bundle.anchors
+    while path[-1] not in anchors:
+        issuer, failure = _find_issuer(path[-1], anchors, [c for c in chain[1:] if c not in path])
+        if failure is not None:
+            failures.append(failure)
+        if issuer is None:
+            break
+        path.append(issuer)
+    for certificate in path:
+        facts: dict[str, object] = {"subject": label(certificate)}
+        if now > certificate.not_valid_after_utc:
+            failures.append(Failure(Reason.VERIFY_EXPIRED, facts | {"not_after": certificate.not_valid_after_utc}))
+        if now < certificate.not_valid_before_utc:
+            not_before = certificate.not_valid_before_utc
+            failures.append(Failure(Reason.VERIFY_NOT_YET_VALID, facts | {"not_before": not_before}))
+        failures += _unknown_critical(certificate)
+    for at, issuer in enumerate(path[1:]):
+        failures += _issuing(issuer, path[: at + 1])
+    return path, failures
+
+
+def _find_issuer(
+    certificate: x509.Certificate, anchors: Sequence[x509.Certificate], presented: Sequence[x509.Certificate]
+) -> tuple[x509.Certificate | None, Failure | None]:
+    facts = {"subject": label(certificate), "issuer": _issuer_label(certificate)}
+    named = [issuer for issuer in (*anchors, *presented) if issuer.subject == certificate.issuer]
+    for issuer in named:
+        if _signed(certificate, issuer):
+            return issuer, None
+    # An anchor of that name whose key did not make the signature: forged, altered, or an older key of the same name.
+    if any(issuer in anchors for issuer in named):
+        return None, Failure(Reason.VERIFY_BAD_SIGNATURE, facts)
+    return None, Failure(Reason.VERIFY_UNKNOWN_ISSUER, facts)
+
+
+def _signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (InvalidSignature, ValueError, TypeError, UnsupportedAlgorithm):
+        return False
+    return True
+
+
+def _issuer_label(certificate: x509.Certificate) -> str:
+    if certificate.issuer == certificate.subject:
+        return "itself"
+    text = certificate.issuer.rfc4514_string()
+    return text if text.isprintable() and text else "an authority without a name"
+
+
+def _issuing(issuer: x509.Certificate, below: Sequence[x509.Certificate]) -> list[Failure]:
+    """What forbids `issuer` to stand above the certificates `below` it (leaf first)."""
+    facts: dict[str, object] = {"issuer": label(issuer), "subject": label(below[-1])}
+    if not is_authority(issuer):
+        return [Failure(Reason.VERIFY_NOT_A_CA, facts)]
+    failures = []
+    try:
+        if not issuer.extensions.get_extension_for_class(x509.KeyUsage).value.key_cert_sign:
+            failures.append(
+                Failure(Reason.VERIFY_KEY_USAGE, {"subject": label(issuer), "usage": "signing certificates"})
+            )
+    except x509.ExtensionNotFound:
+        pass
+    try:
+        limit = issuer.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length
+        if limit is not None and len(below) - 1 > limit:
+            failures.append(Failure(Reason.VERIFY_PATH_LENGTH, facts | {"limit": limit}))
+    except x509.ExtensionNotFound:
+        pass
+    return failures
+
+
+_UNDERSTOOD = frozenset(
+    {
+        ExtensionOID.SUBJECT_ALTERNATIVE_NAME,
+        ExtensionOID.BASIC_CONSTRAINTS,
+        ExtensionOID.KEY_USAGE,
+        ExtensionOID.EXTENDED_KEY_USAGE,
+        ExtensionOID.NAME_CONSTRAINTS,
+        ExtensionOID.CERTIFICATE_POLICIES,
+        ExtensionOID.POLICY_CONSTRAINTS,
+        ExtensionOID.INHIBIT_ANY_POLICY,
+    }
+)
+
+
+def _unknown_critical(certificate: x509.Certificate) -> list[Failure]:
+    return [
+        Failure(
+            Reason.VERIFY_CRITICAL_EXTENSION,
+            {"subject": label(certificate), "oid": extension.oid.dotted_string},
+        )
+        for extension in certificate.extensions
+        if extension.critical and extension.oid not in _UNDERSTOOD
+    ]

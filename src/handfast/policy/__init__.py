@@ -1,0 +1,31 @@
+"""Authorization: who may do what.
+
+Owns the policy language and the decision. Pure; it never sees an unverified peer: it takes a
+VerifiedPeer, and only handfast.pki.verify makes those.
+"""
+
+from handfast.policy.rules import (
+    ALLOW_ANY,
+    Decision,
+    Effect,
+    Policy,
+    Request,
+    Rule,
+    admits,
+    decide,
+    parse_policy,
+    parse_rule,
+)
+
+__all__ = [
+    "ALLOW_ANY",
+    "Decision",
+    "Effect",
+    "Policy",
+    "Request",
+    "Rule",
+    "admits",
+    "decide",
+    "parse_policy",
+    "parse_rule",
+]

@@ -1,0 +1,168 @@
+"""The policy language and the decision.
+
+    policy  = rule*                          the first rule that matches decides; none: denied
+    rule    = [allow|deny] WHO [METHODS] [PATH]
+    WHO     = a name pattern: web, spiffe://domain/web/*, dns:*.internal, email:a@b.c, cn:NAME, sha256:HEX, any
+    METHODS = GET,POST,...                   left out: every method
+    PATH    = /public, /public/*, /public/** `*` never crosses a slash; `/public/**` takes /public/ and all below
+
+A path is judged on exactly the bytes that are forwarded. Rules that name a whole identity are found by
+hash, so a hundred thousand of them cost what ten do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from handfast.errors import InvalidInput, Reason
+from handfast.pki.names import Name, Pattern, parse_pattern
+from handfast.pki.verification import VerifiedPeer
+
+_METHODS = re.compile(r"[A-Z]+(,[A-Z]+)*")
+_PATH = re.compile(r"/[!-~]*")
+
+
+class Effect(StrEnum):
+    """What a rule does."""
+
+    ALLOW = "allow"
+    DENY = "deny"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked: the method and the path (without query) as forwarded."""
+
+    method: bytes
+    path: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One line of a policy."""
+
+    effect: Effect
+    who: Pattern
+    methods: frozenset[bytes] = frozenset()  # empty: every method
+    path: re.Pattern[bytes] | None = None
+    text: str = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+    def covers(self, request: Request | None) -> bool:
+        """Whether the rule speaks of this request; of a connection (None) only rules without method and path do."""
+        if request is None:
+            return not self.methods and self.path is None
+        if self.methods and request.method not in self.methods:
+            return False
+        return self.path is None or self.path.fullmatch(request.path) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Rules in their order, indexed by the identities they name."""
+
+    rules: tuple[Rule, ...]
+    named: dict[Name, list[int]] = field(init=False, repr=False, compare=False)
+    others: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        named: dict[Name, list[int]] = {}
+        others = []
+        for at, rule in enumerate(self.rules):
+            if rule.who.exact is None:
+                others.append(at)
+            else:
+                named.setdefault(rule.who.exact, []).append(at)
+        object.__setattr__(self, "named", named)
+        object.__setattr__(self, "others", tuple(others))
+
+    @property
+    def judges_paths(self) -> bool:
+        """Whether any rule depends on the path; an ambiguous one must then be refused before it is judged."""
+        return any(rule.path is not None for rule in self.rules)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the policy says of one request, and which rule said it."""
+
+    effect: Effect
+    rule: Rule | None  # None: no rule matched, so it is denied
+    reason: Reason
+
+    @property
+    def allowed(self) -> bool:
+        """Whether the request may go on."""
+        return self.effect is Effect.ALLOW
+
+
+def decide(policy: Policy, peer: VerifiedPeer, request: Request | None) -> Decision:
+    """Return the decision of the first rule that matches; deny if none does.
+
+    `request` None asks for a whole connection (TCP). An empty policy denies everyone. Raises nothing.
+    """
+    for rule in _speaking_of(policy, peer):
+        if rule.covers(request):
+            reason = Reason.POLICY_RULE_MATCHED if rule.effect is Effect.ALLOW else Reason.POLICY_DENIED
+            return Decision(rule.effect, rule, reason)
+    return Decision(Effect.DENY, None, Reason.POLICY_NO_RULE)
+
+
+def admits(policy: Policy, peer: VerifiedPeer) -> bool:
+    """Whether any rule could allow the peer anything: without one, its connection has no purpose."""
+    return any(rule.effect is Effect.ALLOW for rule in _speaking_of(policy, peer))
+
+
+def parse_rule(text: str, trust_domain: str | None = None) -> Rule:
+    """Parse one rule. Raises InvalidInput (INPUT_RULE or INPUT_PATTERN)."""
+    words = text.split()
+    effect = Effect.ALLOW
+    if words and words[0] in (Effect.ALLOW, Effect.DENY):
+        effect = Effect(words.pop(0))
+    if not words or len(words) > 3:
+        raise _bad_rule(text, "it is [allow|deny] WHO [METHODS] [PATH]")
+    who = parse_pattern(words.pop(0), trust_domain)
+    methods: frozenset[bytes] = frozenset()
+    if words and not words[0].startswith("/"):
+        if not _METHODS.fullmatch(words[0]):
+            raise _bad_rule(text, "methods are upper-case words with commas between")
+        methods = frozenset(words.pop(0).encode().split(b","))
+    path = _parse_path(text, words.pop(0)) if words else None
+    if words:
+        raise _bad_rule(text, "nothing may stand behind the path")
+    shown = " ".join([effect, str(who), *text.split()[1 + (text.split()[0] in (Effect.ALLOW, Effect.DENY)) :]])
+    return Rule(effect, who, methods, path, shown)
+
+
+def parse_policy(lines: Iterable[str], trust_domain: str | None = None) -> Policy:
+    """Parse rules, one a line. Raises InvalidInput (INPUT_RULE or INPUT_PATTERN)."""
+    return Policy(tuple(parse_rule(line, trust_domain) for line in lines))
+
+
+def _parse_path(text: str, path: str) -> re.Pattern[bytes]:
+    if not _PATH.fullmatch(path) or any(mark in path for mark in "?#%;\\"):
+        raise _bad_rule(text, "a path begins with / and holds no ? # % ; or backslash")
+    if "**" in path.removesuffix("/**") or "//" in path:
+        raise _bad_rule(text, "** stands alone, as the last segment, and no segment is empty")
+    open_ended = path.endswith("/**")
+    body = re.escape(path.removesuffix("**").encode()).replace(rb"\*", rb"[^/]*")
+    return re.compile(body + (b".*" if open_ended else b""), re.S)
+
+
+def _speaking_of(policy: Policy, peer: VerifiedPeer) -> list[Rule]:
+    """The rules whose WHO means the peer, in their order."""
+    places = [at for name in peer.names for at in policy.named.get(name, ())]
+    places += [at for at in policy.others if any(policy.rules[at].who.matches(name) for name in peer.names)]
+    return [policy.rules[at] for at in sorted(places)]
+
+
+def _bad_rule(text: str, detail: str) -> InvalidInput:
+    return InvalidInput(Reason.INPUT_RULE, value=text, detail=detail)
+
+
+ALLOW_ANY = Policy((parse_rule("allow any"),))

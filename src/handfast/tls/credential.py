@@ -1,0 +1,46 @@
+"""A credential: a private key and the certificate chain that goes with it, ready for a TLS context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from OpenSSL import SSL
+
+from handfast.errors import InvalidInput, Reason
+from handfast.files import load_key, read_file
+from handfast.pki.certificates import parse_certificates
+from handfast.pki.keys import PrivateKey, same_key
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """A private key and its certificates, leaf first."""
+
+    key: PrivateKey
+    chain: tuple[x509.Certificate, ...]
+
+    def configure(self, context: SSL.Context) -> None:
+        """Give it to a context that has not been used yet. Raises InvalidInput where OpenSSL will not take it."""
+        try:
+            context.use_certificate(self.chain[0])
+            for certificate in self.chain[1:]:
+                context.add_extra_chain_cert(certificate)
+            context.use_privatekey(self.key)
+            context.check_privatekey()
+        except (SSL.Error, ValueError, TypeError) as error:
+            detail = f"the certificate or key is not accepted by TLS ({str(error)[:120]})"
+            raise InvalidInput(Reason.TLS_HANDSHAKE, detail=detail) from None
+
+
+def load_credential(certificate: Path, key: Path, passphrase: bytes | None = None) -> Credential:
+    """Read a certificate file (leaf first, PEM or one DER) and its key file (PEM or DER).
+
+    Raises InvalidInput: what is wrong with which file, or INPUT_KEY_MISMATCH.
+    """
+    chain = parse_certificates(read_file(certificate, "certificate file"), str(certificate))
+    private = load_key(key, passphrase)
+    if not same_key(private.public_key(), chain[0].public_key()):  # type: ignore[arg-type]  # other kinds compare unequal
+        raise InvalidInput(Reason.INPUT_KEY_MISMATCH, key=str(key), cert=str(certificate))
+    return Credential(private, chain)

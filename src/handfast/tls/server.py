@@ -1,0 +1,304 @@
+"""The server's side of a mutual-TLS handshake, over memory.
+
+Theory of operation. A `ServerContext` is one generation: a credential, the terms for clients, and nothing
+that changes. It is proved with a handshake in memory when it is made, and never altered afterwards.
+
+    bytes -> ServerHandshake.feed() -> Accepted(VerifiedPeer, Channel)
+                                    -> Refused(failures, Channel | None)
+
+OpenSSL judges the path while the handshake runs. Where a refusal can be answered in words (HTTP), the
+handshake is finished all the same and the refusal comes out with a channel to say it on; where it cannot
+(TCP), the handshake itself fails, with OpenSSL's alert. Either way `pki.verify` alone makes the peer.
+
+TLS 1.3 only unless told otherwise; no tickets, no session cache, no early data: a resumed session would
+skip revocation, expiry and policy (CVE-2025-23419 and its kin).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from cryptography import x509
+from OpenSSL import SSL
+from OpenSSL.crypto import X509, X509StoreFlags
+
+from handfast.errors import Failure, InvalidInput, Reason, VerificationFailed
+from handfast.pki.verification import MAX_CHAIN, Judgement, Terms, VerifiedPeer, verify
+from handfast.tls.credential import Credential
+from handfast.tls.reasons import handshake_failure, path_detail
+
+READ_SIZE = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """What a listener asks of its handshakes.
+
+    `answer_refusals`: finish the handshake of a client that is refused, so that it can be told in HTTP.
+    `offer_authorities`: name the accepted authorities in CertificateRequest; browsers choose by them.
+    """
+
+    answer_refusals: bool = True
+    offer_authorities: bool = True
+    alpn: tuple[bytes, ...] = ()
+    allow_tls12: bool = False
+
+
+class Channel:
+    """The encrypted pipe of a finished handshake: plain bytes on one side, TLS records on the other."""
+
+    __slots__ = ("_connection", "at_eof")
+
+    def __init__(self, connection: SSL.Connection) -> None:
+        self._connection = connection
+        self.at_eof = False
+
+    def feed(self, records: bytes) -> None:
+        """Take what the network brought."""
+        self._connection.bio_write(records)
+
+    def read(self) -> bytes:
+        """Return the next plain bytes; b'' when more records are needed or, with `at_eof`, at the peer's end.
+
+        Raises RemoteProtocolError's cause as a Failure through `TlsBroken` when records do not decrypt.
+        """
+        if self.at_eof:
+            return b""
+        try:
+            return self._connection.recv(READ_SIZE)
+        except SSL.WantReadError:
+            return b""
+        except SSL.ZeroReturnError:
+            self.at_eof = True
+            return b""
+        except SSL.Error as error:
+            self.at_eof = True
+            raise TlsBroken(handshake_failure(error)) from None
+
+    def write(self, plain: bytes) -> None:
+        """Encrypt; `take` has the records."""
+        try:
+            self._connection.sendall(plain)
+        except SSL.Error as error:
+            raise TlsBroken(handshake_failure(error)) from None
+
+    def close(self) -> None:
+        """Say close_notify, where that can still be said."""
+        try:
+            self._connection.shutdown()
+        except SSL.Error:
+            return
+
+    def take(self) -> bytes:
+        """Return the records that wait to be sent."""
+        return _take(self._connection)
+
+
+class TlsBroken(Exception):
+    """The channel cannot go on; `failure` says why. Never leaves the guard."""
+
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
+        super().__init__(failure.message)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the handshake settled, for logs and rules."""
+
+    server_name: str  # SNI, as sent; '' without
+    version: str
+    cipher: str
+    group: str
+    alpn: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The client proved who it is."""
+
+    peer: VerifiedPeer
+    channel: Channel
+    facts: Facts
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The client did not. `presented` is what it showed, leaf first, for the log; nothing in it is verified.
+
+    `channel` is there where the handshake was finished and the refusal can be told.
+    """
+
+    failures: tuple[Failure, ...]
+    presented: tuple[x509.Certificate, ...]
+    channel: Channel | None
+    facts: Facts | None = None
+
+
+class ServerContext:
+    """One generation of a listener's TLS. Making one proves it; InvalidInput if it cannot serve."""
+
+    def __init__(self, credential: Credential, terms: Terms, settings: ServerSettings) -> None:
+        if not terms.bundle.anchors:
+            raise InvalidInput(Reason.GUARD_NO_BUNDLE)
+        self.terms = terms
+        self.settings = settings
+        self._context = _context(credential, terms, settings)
+        _prove(self)
+
+    def accept(self, clock: Callable[[], datetime]) -> ServerHandshake:
+        """Begin one handshake. `clock` gives the instant at which the chain is judged."""
+        return ServerHandshake(SSL.Connection(self._context, None), self, clock)
+
+
+class ServerHandshake:
+    """A handshake under way: feed it records, send what `take` returns, until `feed` returns an outcome."""
+
+    __slots__ = ("_clock", "_connection", "_context", "_refusal")
+
+    def __init__(self, connection: SSL.Connection, context: ServerContext, clock: Callable[[], datetime]) -> None:
+        self._connection = connection
+        self._context = context
+        self._clock = clock
+        self._refusal: tuple[int, int] | None = None  # (OpenSSL's error, depth) of the path's first fault
+        connection.set_app_data(self)
+        connection.set_accept_state()
+
+    def feed(self, records: bytes) -> Accepted | Refused | None:
+        """Go on with what the network brought; None while more is needed."""
+        self._connection.bio_write(records)
+        try:
+            self._connection.do_handshake()
+        except SSL.WantReadError:
+            return None
+        except SSL.Error as error:
+            return self._failed(error)
+        return self._finished()
+
+    def take(self) -> bytes:
+        """Return the records that wait to be sent."""
+        return _take(self._connection)
+
+    def on_certificate(self, error: int, depth: int) -> bool:
+        """OpenSSL found a fault in the path. Note the first; say whether the handshake may still be finished."""
+        if self._refusal is None:
+            self._refusal = (error, depth)
+        return self._context.settings.answer_refusals
+
+    def _finished(self) -> Accepted | Refused:
+        connection, channel = self._connection, Channel(self._connection)
+        facts = Facts(
+            server_name=(connection.get_servername() or b"").decode("ascii", "replace"),
+            version=connection.get_protocol_version_name(),
+            cipher=connection.get_cipher_name() or "",
+            group=connection.get_group_name() or "",
+            alpn=connection.get_alpn_proto_negotiated(),
+        )
+        presented = self._presented()
+        try:
+            peer = verify(presented, self._context.terms, self._clock(), self._judgement())
+        except VerificationFailed as refused:
+            return Refused(refused.failures, presented, channel, facts)
+        return Accepted(peer, channel, facts)
+
+    def _failed(self, error: SSL.Error) -> Refused:
+        presented = self._presented()
+        if self._refusal is not None:  # OpenSSL refused the path: explain it as the verifier would
+            try:
+                verify(presented, self._context.terms, self._clock(), self._judgement())
+            except VerificationFailed as refused:
+                return Refused(refused.failures, presented, None)
+        return Refused((handshake_failure(error),), presented, None)
+
+    def _judgement(self) -> Judgement:
+        if self._refusal is not None:
+            return Judgement((), path_detail(*self._refusal))
+        path = self._connection.get_verified_chain(as_cryptography=True)
+        return Judgement(tuple(path or ()), "no path was built")
+
+    def _presented(self) -> tuple[x509.Certificate, ...]:
+        try:
+            leaf = self._connection.get_peer_certificate(as_cryptography=True)
+            rest = self._connection.get_peer_cert_chain(as_cryptography=True) or []
+        except ValueError:  # OpenSSL could read it and `cryptography` cannot: judged as not presented
+            return ()
+        return () if leaf is None else (leaf, *(certificate for certificate in rest if certificate != leaf))
+
+
+def _context(credential: Credential, terms: Terms, settings: ServerSettings) -> SSL.Context:
+    context = SSL.Context(SSL.TLS_SERVER_METHOD)
+    context.set_min_proto_version(SSL.TLS1_2_VERSION if settings.allow_tls12 else SSL.TLS1_3_VERSION)
+    context.set_options(SSL.OP_NO_TICKET | SSL.OP_NO_RENEGOTIATION | SSL.OP_CIPHER_SERVER_PREFERENCE)
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    context.set_mode(SSL.MODE_RELEASE_BUFFERS)
+    if settings.allow_tls12:
+        context.set_cipher_list(b"ECDHE+AESGCM:ECDHE+CHACHA20")
+    credential.configure(context)
+    store = context.get_cert_store()
+    assert store is not None
+    for anchor in terms.bundle.anchors:
+        store.add_cert(X509.from_cryptography(anchor))
+        if settings.offer_authorities:
+            context.add_client_ca(anchor)
+    # The anchors are what the operator chose, each an authority; one need not be self-signed to be trusted.
+    store.set_flags(X509StoreFlags.PARTIAL_CHAIN)
+    context.set_verify_depth(MAX_CHAIN)
+    mode = SSL.VERIFY_PEER | (0 if settings.answer_refusals else SSL.VERIFY_FAIL_IF_NO_PEER_CERT)
+    context.set_verify(mode, _on_certificate)
+    if settings.alpn:
+        context.set_alpn_select_callback(_alpn_chooser(settings.alpn))
+    return context
+
+
+def _on_certificate(connection: SSL.Connection, _certificate: X509, error: int, depth: int, ok: int) -> bool:
+    """Called for each certificate of a path. An exception here fails the handshake (since pyOpenSSL 26.0)."""
+    if ok:
+        return True
+    handshake = connection.get_app_data()
+    return isinstance(handshake, ServerHandshake) and handshake.on_certificate(error, depth)
+
+
+def _alpn_chooser(ours: tuple[bytes, ...]) -> Callable[[SSL.Connection, list[bytes]], Any]:
+    def choose(_connection: SSL.Connection, theirs: list[bytes]) -> Any:
+        return next((protocol for protocol in ours if protocol in theirs), SSL.NO_OVERLAPPING_PROTOCOLS)
+
+    return choose
+
+
+def _take(connection: SSL.Connection) -> bytes:
+    pieces = []
+    try:
+        while True:
+            pieces.append(connection.bio_read(READ_SIZE))
+            if len(pieces[-1]) < READ_SIZE:
+                break
+    except SSL.WantReadError:
+        pass
+    return b"".join(pieces) if len(pieces) != 1 else pieces[0]
+
+
+def _prove(context: ServerContext) -> None:
+    """Run a handshake in memory with a client that shows no certificate: it must get as far as being judged."""
+    client_context = SSL.Context(SSL.TLS_CLIENT_METHOD)
+    client_context.set_verify(SSL.VERIFY_NONE)
+    client = SSL.Connection(client_context, None)
+    client.set_connect_state()
+    server = context.accept(lambda: datetime.min.replace(tzinfo=UTC))  # there is no chain to judge
+    for _ in range(4):
+        try:
+            client.do_handshake()
+        except SSL.WantReadError:
+            pass
+        except SSL.Error:
+            break
+        outcome = server.feed(_take(client))
+        if outcome is not None:
+            if isinstance(outcome, Refused) and outcome.failures[0].reason is Reason.VERIFY_NO_CERTIFICATE:
+                return
+            break
+        client.bio_write(server.take())
+    raise InvalidInput(Reason.TLS_HANDSHAKE, detail="the new certificate and key do not complete a handshake")
+

@@ -1,0 +1,1 @@
+"""What tests share: certificates good and bad, apps that note every byte, and programs run for real."""
