@@ -131,6 +131,7 @@ class Reason(Enum):
     INPUT_NO_PASSPHRASE = _input(
         "no_passphrase", "a passphrase is needed and there is no terminal to ask on", "give --passphrase-file F"
     )
+    INPUT_BAD_PASSPHRASE = _input("bad_passphrase", "this passphrase cannot be used: {detail}", "choose another")
     INPUT_NO_CHAIN = _input(
         "no_chain",
         "{cert} is not self-signed, and the certificates up to its root were not given ({detail})",
@@ -236,6 +237,13 @@ class Reason(Enum):
     ISSUE_PROFILE_NOT_AUTHORIZED = _issue(
         "profile_not_authorized", "profile {value} is asked for; the authorization is for {allowed}"
     )
+    ISSUE_ISSUER_NOT_YET_VALID = _issue(
+        "issuer_not_yet_valid", "the issuer's own certificate is not valid before {not_before}", "check the clock"
+    )
+    ISSUE_ISSUER_LIMITED = _issue("issuer_limited", "{subject} may not issue this: {detail}")
+    ISSUE_URI_COUNT = _issue(
+        "uri_count", "a {profile} certificate carries {allowed} URI name (X509-SVID 2); {value} are asked for"
+    )
 
     # Disk and ledger.
     STORE_NO_AUTHORITY = _store(
@@ -333,7 +341,6 @@ class Reason(Enum):
     TLS_BAD_PROOF = _tls("bad_proof", "the client could not prove that it holds its certificate's key")
     TLS_TIMEOUT = _tls("timeout", "the handshake was not done in {limit} s")
     TLS_CLOSED = _tls("closed", "the client closed the connection during the handshake")
-    TLS_RESUMED = _tls("resumed", "a resumed session was offered and accepted, which must never happen")
 
     # A connection that was good and is not any more; and the guard itself.
     ENDED_EXPIRED = Row("ended.expired", "the peer's certificate expired during the connection", "", Exit.REFUSED, 403)
@@ -342,7 +349,6 @@ class Reason(Enum):
     )
     ENDED_POLICY = Row("ended.policy", "the policy does not allow the peer any more", "", Exit.REFUSED, 403)
     ENDED_IDLE = Row("ended.idle", "nothing was sent for {limit} s", "", Exit.OK)
-    GUARD_DRAINING = Row("guard.draining", "the guard is stopping", "", Exit.OK, 503)
     GUARD_LOG_FAILED = Row(
         "guard.log_failed",
         "the log cannot be written, so nothing is forwarded",
@@ -358,9 +364,6 @@ class Reason(Enum):
         "cannot listen on {address}: {detail}",
         "choose another with --listen HOST:PORT",
         Exit.UNREACHABLE,
-    )
-    GUARD_LOST_RELOAD = Row(
-        "guard.reload", "a change could not be taken, so what was in force stays: {detail}", "", Exit.REFUSED
     )
 
     UNREACHABLE = Row("unreachable", "{target} cannot be reached: {detail}", "is it running?", Exit.UNREACHABLE)

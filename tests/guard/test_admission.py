@@ -48,9 +48,7 @@ REFUSED: dict[str, tuple[Callable[[Ca], Leaf | None], int, str]] = {
     "leaf_as_issuer": (lambda ca: _under_leaf(ca), 403, "verify.not_a_ca"),
     "path_too_long": (lambda ca: ca.sub(path_length=0).sub("Deeper").client(), 403, "verify.path_length"),
     "unknown_critical": (
-        lambda ca: ca.client(
-            extra=[(x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"\x05\x00"), True)]
-        ),
+        lambda ca: ca.client(extra=[(x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"\x05\x00"), True)]),
         403,
         "verify.critical_extension",
     ),
@@ -160,9 +158,7 @@ def test_names_of_two_authorities_are_not_one_identity(ca: Ca, ask: Ask, tmp_pat
         (["any"], "/public/../private", 200),
     ],
 )
-def test_path_rules_judge_what_is_forwarded(
-    ca: Ca, ask: Ask, rules: list[str], request_line: str, status: int
-) -> None:
+def test_path_rules_judge_what_is_forwarded(ca: Ca, ask: Ask, rules: list[str], request_line: str, status: int) -> None:
     """A path rule sees the bytes that the app gets; a path with two readings is 400 where paths matter."""
     with App() as app, Running(ca, app.address, parse_policy(rules)) as guard:
         answer = ask(guard, ca.client(), get(request_line))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import socket
 import ssl
 from pathlib import Path
@@ -23,7 +24,9 @@ from tests.support.guards import Running
 def _open(guard: Running, ca: Ca, folder: Path) -> ssl.SSLSocket:
     host, _, port = guard.address.rpartition(":")
     plain = socket.create_connection((host, int(port)), timeout=5)
-    return client_context(ca.save(folder, "ca"), ca.client(), folder).wrap_socket(plain, server_hostname="localhost")
+    context = client_context(ca.save(folder, "ca"), ca.client(), folder)
+    # An end without close_notify is an error here: it is how a client sees that an answer was cut short.
+    return context.wrap_socket(plain, server_hostname="localhost", suppress_ragged_eofs=False)
 
 
 def _read(tls: ssl.SSLSocket, until: bytes) -> bytes:
@@ -62,7 +65,7 @@ def test_identity_headers_are_ours_alone(ca: Ca, ask: Ask) -> None:
 
 SMUGGLING = {
     "cl_te": b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    "te_te": b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: x\r\n\r\n0\r\n\r\n",
+    "te_te": b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: x\r\n\r\n0",
     "two_cl": b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\nabcd",
     "bad_chunk": b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0x4\r\nabcd\r\n0\r\n\r\n",
     "obs_fold": b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\r\n b\r\n\r\n",
@@ -150,7 +153,7 @@ def test_a_large_upload_arrives_whole(ca: Ca, ask: Ask, chunked: bool) -> None:
 
 
 def _big(connection: socket.socket, request: bytes) -> None:
-    body = b"x" * (32 << 20)
+    body = b"x" * (8 << 20)
     if b"/chunked" in request:
         connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
         connection.sendall(b"%x\r\n" % len(body) + body + b"\r\n0\r\n\r\n")
@@ -163,10 +166,10 @@ def _big(connection: socket.socket, request: bytes) -> None:
 
 @pytest.mark.parametrize("path", ["/length", "/chunked", "/until-close"])
 def test_a_large_download_arrives_whole(ca: Ca, ask: Ask, path: str) -> None:
-    """32 MiB come back whole, however the app frames them."""
+    """8 MiB come back whole, however the app frames them."""
     with App(_big) as app, Running(ca, app.address) as guard:
         answer = ask(guard, ca.client(), get(path))
-        assert answer.count(b"x") >= 32 << 20
+        assert answer.count(b"x") >= 8 << 20
 
 
 def test_a_slow_reader_holds_the_app_back(ca: Ca, tmp_path: Path) -> None:
@@ -210,11 +213,7 @@ def test_pipelined_requests_are_answered_in_order(ca: Ca, tmp_path: Path) -> Non
         answer = b""
         while piece := tls.recv(1 << 16):
             answer += piece
-        assert [line.split()[1] for line in answer.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")] == [
-            b"200",
-            b"403",
-            b"200",
-        ]
+        assert re.findall(rb"HTTP/1.1 ([0-9]+) ", answer) == [b"200", b"403", b"200"]
         assert answer.index(b"GET /a/1") < answer.index(b"policy.no_rule") < answer.index(b"GET /c/3")
         assert b"/b/2" not in app.received
 
@@ -324,7 +323,7 @@ def test_an_answer_that_is_not_http_is_502(ca: Ca, ask: Ask, answer: bytes) -> N
         assert ask(guard, ca.client()).startswith(b"HTTP/1.1 502 ")
 
 
-def test_an_answer_cut_short_is_not_passed_as_whole(ca: Ca, ask: Ask) -> None:
+def test_an_answer_cut_short_is_not_passed_as_whole(ca: Ca, tmp_path: Path) -> None:
     """When the app dies in the midst of its answer, the client's connection breaks too."""
 
     def answer(connection: socket.socket, _request: bytes) -> None:
@@ -332,8 +331,10 @@ def test_an_answer_cut_short_is_not_passed_as_whole(ca: Ca, ask: Ask) -> None:
         connection.shutdown(socket.SHUT_RDWR)
 
     with App(answer) as app, Running(ca, app.address) as guard:
-        with pytest.raises((ssl.SSLError, ConnectionError)):
-            ask(guard, ca.client())
+        with _open(guard, ca, tmp_path) as tls:
+            tls.sendall(get())
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                _read(tls, b"the end never comes")
         assert guard.events.next("request")["reason"] == "upstream.bad_response"
 
 
@@ -353,10 +354,10 @@ def test_a_kept_connection_that_the_app_closed_is_opened_again(ca: Ca, tmp_path:
 
 def test_a_slow_head_is_cut_off(ca: Ca, tmp_path: Path) -> None:
     """A request whose head does not come in time is 408."""
-    with App() as app, Running(ca, app.address, limits=Limits(head=0.3, drain=1)) as guard:
-        with _open(guard, ca, tmp_path) as tls:
-            tls.sendall(b"GET / HT")
-            assert _read(tls, b"}\n").startswith(b"HTTP/1.1 408 ")
+    limits = Limits(head=0.3, drain=1)
+    with App() as app, Running(ca, app.address, limits=limits) as guard, _open(guard, ca, tmp_path) as tls:
+        tls.sendall(b"GET / HT")
+        assert _read(tls, b"}\n").startswith(b"HTTP/1.1 408 ")
 
 
 def test_a_log_that_fails_stops_forwarding(ca: Ca, ask: Ask) -> None:

@@ -88,13 +88,13 @@ def talk(address: str, context: ssl.SSLContext, request: bytes, server_name: str
         context.wrap_socket(plain, server_hostname=server_name) as tls,
     ):
         tls.sendall(request)
-        answer = b""
+        pieces = []
         try:
             while piece := tls.recv(1 << 16):
-                answer += piece
+                pieces.append(piece)
         except TimeoutError:
             pass
-        return answer
+        return b"".join(pieces)
 
 
 def get(path: str = "/", host: str = "localhost", *headers: str, close: bool = True) -> bytes:

@@ -10,6 +10,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+import uvloop
+
 from handfast.guard.events import EventLog
 from handfast.guard.places import parse_target
 from handfast.guard.service import Guard, Limits, Snapshot
@@ -74,7 +76,7 @@ class Running:
     def __enter__(self) -> Running:
         self.events = Events()
         started: Future[str] = Future()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._main(started)))
+        self._thread = threading.Thread(target=lambda: uvloop.run(self._main(started)))
         self._thread.start()
         self.address = started.result(10)
         return self

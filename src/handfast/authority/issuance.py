@@ -6,7 +6,6 @@ the ledger lets be used once. Nothing is signed by the issuer before the ledger 
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -15,19 +14,20 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from handfast.authority.ledger import Ledger
 from handfast.authority.records import Intent, Planned, Record, Revocation, RevocationReason
-from handfast.authority.state import Folder, Passphrase, forget_half_made, read_passphrase, utc_now
+from handfast.authority.state import Folder, Passphrase, read_passphrase, utc_now
 from handfast.errors import InvalidInput, IssuanceRefused, Reason, StoreError
 from handfast.files import check_private, generate_key, load_key
 from handfast.pki.certificates import encode_chain, fingerprint, serial_text
 from handfast.pki.issuing import Issuer, Order, authorize_names, build_certificate, lint, make_serial, sign
-from handfast.pki.keys import KeyType, PrivateKey, key_id, same_key
+from handfast.pki.keys import KeyType, PrivateKey, key_id, key_type_of, same_key
 from handfast.pki.names import Kind, Name, parse_name
 from handfast.pki.profiles import Profile
 from handfast.pki.revocation import Revocations, build_crl
@@ -287,11 +287,15 @@ class Authority:
         at = now or utc_now()
         signer = self._signer
         entries = [
-            (one.serial, one.revoked_at, None if one.reason is RevocationReason.UNSPECIFIED else one.reason.value)
+            (one.serial, one.revoked_at, _reason_text(one.reason))
             for one in self._ledger.revoked(at - CRL_LIFETIME)
             if one.issuer_id == self._issuer_id
         ]
         return build_crl(signer, entries, self._ledger.next_crl_number(), at, at + CRL_LIFETIME)
+
+    def audit(self, after: int = 0) -> Iterator[tuple[int, datetime, str, dict[str, Any]]]:
+        """Stream the audit log behind a sequence number: (number, when, event, facts)."""
+        return self._ledger.audit(after)
 
     def check(self) -> None:
         """Read the whole ledger and raise StoreError (STORE_CORRUPT) at the first damage."""
@@ -305,7 +309,7 @@ class Authority:
             check_private(path)
         secret = read_passphrase(self._passphrase, self.folder, f"Passphrase of the authority {self.trust_domain}")
         key = load_key(path, secret)
-        if not same_key(key.public_key(), self._public_key):
+        if not belongs(key, self.issuer):
             cert = Folder(self.folder).issuer_certificate
             raise InvalidInput(Reason.INPUT_KEY_MISMATCH, key=str(path), cert=str(cert))
         return Issuer(self.issuer, key, self.chain())
@@ -329,3 +333,58 @@ class Authority:
         except InvalidInput:
             name = None
         return prefix if _SERIAL_PREFIX.fullmatch(prefix) else None, name
+
+
+def throwaway_key(key: PrivateKey) -> PrivateKey:
+    """A key of the same kind, that signs what is only to be looked at; made once per process.
+
+    For RSA the smallest will do: what is signed names the algorithm, not the key's size, and large keys take
+    seconds to make.
+    """
+    if isinstance(key, rsa.RSAPrivateKey):
+        return _throwaway(KeyType.RSA2048)
+    kind = key_type_of(key.public_key())
+    if kind is None:
+        raise IssuanceRefused(Reason.ISSUE_WEAK_KEY, detail="this kind of key cannot sign here")
+    return _throwaway(kind)
+
+
+def sign_as_rehearsed(
+    builder: x509.CertificateBuilder, rehearsed: x509.Certificate, key: PrivateKey
+) -> x509.Certificate:
+    """Sign, and make sure that what was signed is, to the byte, what was linted (RFC 5280 4.1.1.1).
+
+    Raises IssuanceRefused (ISSUE_LINT).
+    """
+    certificate = sign(builder, key)
+    if certificate.tbs_certificate_bytes != rehearsed.tbs_certificate_bytes:
+        raise IssuanceRefused(Reason.ISSUE_LINT, detail="what was signed is not what was checked")
+    return certificate
+
+
+def belongs(key: PrivateKey, certificate: x509.Certificate) -> bool:
+    """Whether a private key is that of a certificate."""
+    public = certificate.public_key()
+    kinds = (ec.EllipticCurvePublicKey, ed25519.Ed25519PublicKey, rsa.RSAPublicKey)
+    return isinstance(public, kinds) and same_key(key.public_key(), public)
+
+
+@cache
+def _throwaway(kind: KeyType) -> PrivateKey:
+    return generate_key(kind)
+
+
+def _texts(names: Sequence[Name]) -> tuple[str, ...]:
+    return tuple(str(name) for name in dict.fromkeys(names))  # in a certificate, too, each is there once
+
+
+def _reason_text(reason: RevocationReason) -> str | None:
+    """As RFC 5280 5.3.1 spells it; it wants `unspecified` left out."""
+    return None if reason is RevocationReason.UNSPECIFIED else x509.ReasonFlags[reason.value].value
+
+
+def _load(der: bytes, ledger: Ledger) -> x509.Certificate:
+    try:
+        return x509.load_der_x509_certificate(der)
+    except ValueError as error:
+        raise StoreError(Reason.STORE_CORRUPT, path=str(ledger.path), detail=str(error)) from None

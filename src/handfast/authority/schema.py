@@ -67,7 +67,7 @@ intents = Table(
 )
 # Nearly every intent is settled; the index holds only the few that are not.
 unsettled = or_(intents.c.state == literal_column("'open'"), intents.c.state == literal_column("'lost'"))
-Index("intentsunsettled", intents.c.created_at, sqlite_where=unsettled, postgresql_where=unsettled)
+Index("intents_unsettled", intents.c.created_at, sqlite_where=unsettled, postgresql_where=unsettled)
 certificates = Table(
     "certificates",
     metadata,

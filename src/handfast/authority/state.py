@@ -20,7 +20,7 @@ from typing import TypeAlias
 from handfast.errors import InvalidInput, Reason, StoreError
 from handfast.files import check_private, disk_errors, make_private_folder, read_file
 
-PASSPHRASE_VARIABLE = "HANDFAST_PASSPHRASE"
+PASSPHRASE_VARIABLE = "HANDFAST_PASSPHRASE"  # noqa: S105 - where one is, not one
 
 _LONGEST_PASSPHRASE = 1000  # bytes; OpenSSL reads 1023 at most
 _LOCK_WAIT = timedelta(seconds=2)
@@ -148,9 +148,7 @@ def read_passphrase(source: Passphrase, folder: Path, question: str) -> bytes:
     if not found:
         raise InvalidInput(Reason.INPUT_EMPTY, what="the passphrase")
     if len(found) > _LONGEST_PASSPHRASE:
-        raise InvalidInput(
-            Reason.INPUT_TOO_LARGE, what="the passphrase", limit=_LONGEST_PASSPHRASE, kind="passphrase"
-        )
+        raise InvalidInput(Reason.INPUT_TOO_LARGE, what="the passphrase", limit=_LONGEST_PASSPHRASE, kind="passphrase")
     return found
 
 

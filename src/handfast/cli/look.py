@@ -14,14 +14,15 @@ from handfast.cli.output import as_json_option, example, note, print_json
 from handfast.errors import Exit, HandfastError, InvalidInput, Reason, Unreachable, VerificationFailed
 from handfast.files import read_file
 from handfast.guard.places import parse_address
-from handfast.pki.certificates import encode_chain, is_authority, label, parse_certificates
+from handfast.pki.certificates import encode_chain, label, parse_certificates
 from handfast.pki.inspect import describe, render
 from handfast.pki.names import parse_name
 from handfast.pki.revocation import check_crls, parse_crls
-from handfast.pki.verification import Purpose, Terms, TrustBundle, verify
+from handfast.pki.verification import Purpose, Terms, verify
 from handfast.tls.client import ClientHandshake, ServerFacts
+from handfast.tls.credential import load_bundle
 from handfast.tls.judge import judge_offline
-from handfast.tls.server import TlsBroken
+from handfast.tls.server import TlsBroken, engine_version
 
 _CONNECT_LIMIT = 10.0  # seconds for a server that is looked at
 _CRL_LIMIT = 64 << 20  # bytes: a list of a million revocations
@@ -128,22 +129,11 @@ def verify_(
 def version_(as_json: bool) -> None:
     """Show the version of handfast, of Python, and of the TLS engine that guards run on."""
     if as_json:
-        from OpenSSL import SSL
-
-        engine = SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode()
-        print_json({"handfast": handfast.__version__, "python": platform.python_version(), "tls_engine": engine})
+        print_json(
+            {"handfast": handfast.__version__, "python": platform.python_version(), "tls_engine": engine_version()}
+        )
     else:
-        click.echo(f"handfast {handfast.__version__} (Python {platform.python_version()})")
-
-
-def load_bundle(path: Path) -> TrustBundle:
-    """Read a trust bundle: certificates of authorities. Raises InvalidInput, also for one that is no authority."""
-    anchors = parse_certificates(read_file(path, "certificate file"), str(path))
-    for anchor in anchors:
-        if not is_authority(anchor):  # a leaf as an anchor would vouch for itself (GUARD D9)
-            detail = f"{label(anchor)} is not an authority's certificate"
-            raise InvalidInput(Reason.INPUT_NOT_CERTIFICATE, what=str(path), detail=detail)
-    return TrustBundle(anchors)
+        click.echo(f"handfast {handfast.__version__} (Python {platform.python_version()}, {engine_version()})")
 
 
 def parse_time(text: str) -> datetime:

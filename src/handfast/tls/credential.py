@@ -1,4 +1,4 @@
-"""A credential: a private key and the certificate chain that goes with it, ready for a TLS context."""
+"""What a TLS context is made from, read from files: a credential (key and chain) and a trust bundle."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from OpenSSL import SSL
 
 from handfast.errors import InvalidInput, Reason
 from handfast.files import load_key, read_file
-from handfast.pki.certificates import parse_certificates
+from handfast.pki.certificates import is_authority, label, parse_certificates
 from handfast.pki.keys import PrivateKey, same_key
+from handfast.pki.verification import TrustBundle
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +45,13 @@ def load_credential(certificate: Path, key: Path, passphrase: bytes | None = Non
     if not same_key(private.public_key(), chain[0].public_key()):  # type: ignore[arg-type]  # other kinds compare unequal
         raise InvalidInput(Reason.INPUT_KEY_MISMATCH, key=str(key), cert=str(certificate))
     return Credential(private, chain)
+
+
+def load_bundle(path: Path) -> TrustBundle:
+    """Read a trust bundle: certificates of authorities. Raises InvalidInput, also for one that is no authority."""
+    anchors = parse_certificates(read_file(path, "certificate file"), str(path))
+    for anchor in anchors:
+        if not is_authority(anchor):  # a leaf as an anchor would vouch for itself (GUARD D9)
+            detail = f"{label(anchor)} is not an authority's certificate"
+            raise InvalidInput(Reason.INPUT_NOT_CERTIFICATE, what=str(path), detail=detail)
+    return TrustBundle(anchors)

