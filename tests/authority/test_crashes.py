@@ -65,6 +65,48 @@ def test_a_killed_creation_leaves_an_authority_or_none(folder: Path, step: str) 
     assert not [left for left in os.listdir(folder) if left.endswith(".tmp")]
 
 
+def test_a_finished_creation_is_never_swept(folder: Path) -> None:
+    """Killed after its last step, an authority is whole; if its ledger is lost later, its keys are left alone."""
+    assert run_child(_create_and_die, folder, "done") == -signal.SIGKILL
+    reopen(folder).close()
+    for path in folder.glob("ledger.db*"):
+        path.unlink()
+    with pytest.raises(StoreError) as refused:
+        found(folder)
+    assert refused.value.reason is Reason.STORE_EXISTS
+    assert (folder / "root.key").exists()
+
+
+def test_a_half_written_file_is_swept(folder: Path) -> None:
+    """What a kill in the middle of a write left is removed by the next attempt, and other files are not."""
+    assert run_child(_create_and_die, folder, "issuer.key") == -signal.SIGKILL
+    for name in (".issuer.key.0123.tmp", "ledger.new-wal", "notes.txt"):
+        (folder / name).write_bytes(b"half")
+    found(folder).close()
+    left = set(os.listdir(folder))
+    assert "notes.txt" in left
+    assert not {".issuer.key.0123.tmp", "ledger.new-wal", ".half-made"} & left
+
+
+def _create(folder: Path) -> None:
+    try:
+        found(folder).close()
+    except StoreError as refused:
+        os._exit(7 if refused.reason is Reason.STORE_EXISTS else 1)
+
+
+def test_of_several_creators_one_succeeds(folder: Path) -> None:
+    """Of four processes that make an authority in the same folder one makes it, and the others are told."""
+    children = [processes.Process(target=_create, args=(folder,)) for _ in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert sorted(child.exitcode or 0 for child in children) == [0, 7, 7, 7]
+    with reopen(folder) as authority:
+        issue(authority)
+
+
 def test_the_steps_of_creation_are_all_tested(folder: Path) -> None:
     """The table above names every step that creation has."""
     steps: list[str] = []

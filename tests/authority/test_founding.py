@@ -94,6 +94,23 @@ def test_the_keys_are_encrypted_with_the_passphrase(folder: Path, tmp_path: Path
     assert not (folder / "passphrase").exists()
 
 
+def test_a_person_is_asked_once(folder: Path) -> None:
+    """Who has just given a new authority its passphrase is not asked for it again to issue; later, once."""
+    questions: list[str] = []
+
+    def ask(question: str) -> bytes:
+        questions.append(question)
+        return b"correct horse"
+
+    with create_authority(folder, PLAN, AskedPassphrase(ask)) as authority:
+        issue(authority)
+    assert len(questions) == 1
+    with open_authority(folder, AskedPassphrase(ask)) as authority:
+        issue(authority)
+        issue(authority)
+    assert len(questions) == 2
+
+
 def test_only_signing_needs_the_passphrase(authority: Authority, folder: Path) -> None:
     """Listing, revoking and reading revocations ask for no passphrase; issuing and signing a list do."""
     issue(authority)
@@ -124,6 +141,14 @@ def test_keys_without_a_ledger_are_not_swept(authority: Authority, folder: Path)
     assert refused.reason is Reason.STORE_EXISTS
     assert (folder / "root.key").exists()
     assert _refusal(reopen, folder).reason is Reason.STORE_NO_AUTHORITY
+
+
+def test_where_there_is_nothing_there_is_no_authority(folder: Path, tmp_path: Path) -> None:
+    """A missing folder, an empty one, and a path through a file hold no authority."""
+    (tmp_path / "empty").mkdir(mode=0o700)
+    (tmp_path / "file").touch()
+    for path in (folder, tmp_path / "empty", tmp_path / "file" / "state"):
+        assert _refusal(reopen, path).reason is Reason.STORE_NO_AUTHORITY
 
 
 @pytest.mark.parametrize("trust_domain", ["", "Example.test", "a/b", "a b"])
@@ -176,8 +201,8 @@ def test_a_key_of_another_authority_signs_nothing(authority: Authority, folder: 
     with found(tmp_path / "other") as other:
         for file in ("issuer.key", "passphrase"):
             os.replace(other.folder / file, folder / file)
-    with pytest.raises(InvalidInput) as refused:
-        issue(authority)
+    with reopen(folder) as mixed_up, pytest.raises(InvalidInput) as refused:
+        issue(mixed_up)
     assert refused.value.reason is Reason.INPUT_KEY_MISMATCH
 
 

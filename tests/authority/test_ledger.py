@@ -142,6 +142,26 @@ def test_a_check_finds_a_certificate_without_its_intent(authority: Authority, fo
     assert refused.value.reason is Reason.STORE_CORRUPT
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE revocations SET reason = 'mood'",
+        "UPDATE revocations SET serial = 'xyz'",
+        "UPDATE revocations SET not_after = 99999999999999999",
+        "DELETE FROM authority",
+    ],
+)
+def test_a_row_that_we_never_wrote_is_corruption(authority: Authority, folder: Path, statement: str) -> None:
+    """A row with a value that handfast never stores is told as damage, and as nothing else."""
+    issue(authority)
+    authority.revoke("web")
+    authority.revocations()
+    change(folder, statement)
+    with pytest.raises(StoreError) as refused:
+        _ = authority.revocations(), authority.revision()
+    assert refused.value.reason is Reason.STORE_CORRUPT
+
+
 def test_an_unreadable_certificate_is_corruption(authority: Authority, folder: Path) -> None:
     """A certificate in the ledger that does not parse is damage of the ledger, not of an input."""
     authority.close()

@@ -24,6 +24,7 @@ from handfast.authority.issuance import Authority, belongs, sign_as_rehearsed, t
 from handfast.authority.ledger import Ledger
 from handfast.authority.records import IssuerRow
 from handfast.authority.state import (
+    AskedPassphrase,
     Folder,
     GeneratedPassphrase,
     Passphrase,
@@ -111,7 +112,7 @@ def create_authority(
         making.write_key(making.files.root_key, root_key)
         making.write_key(making.files.issuer_key, issuer_key)
         making.finish(plan.trust_domain, issuer, (root,), at)
-    return open_authority(folder, passphrase)
+    return open_authority(folder, AskedPassphrase(lambda question: making.secret))  # known: nobody is asked twice
 
 
 def import_authority(
@@ -144,7 +145,7 @@ def import_authority(
     with _making(folder, passphrase, on_step) as making:
         making.write_key(making.files.issuer_key, key)
         making.finish(trust_domain, issuer, above, at)
-    return open_authority(folder, passphrase)
+    return open_authority(folder, AskedPassphrase(lambda question: making.secret))  # known: nobody is asked twice
 
 
 def open_authority(folder: Path, passphrase: Passphrase) -> Authority:
@@ -152,9 +153,13 @@ def open_authority(folder: Path, passphrase: Passphrase) -> Authority:
 
     Raises StoreError (STORE_NO_AUTHORITY, STORE_TOO_OPEN, STORE_SCHEMA_NEWER, STORE_CORRUPT, ...).
     """
+    folder = folder.absolute()
     files = Folder(folder)
-    if not files.ledger.exists():
-        raise StoreError(Reason.STORE_NO_AUTHORITY, path=str(folder))
+    with disk_errors(folder):
+        try:
+            files.ledger.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise StoreError(Reason.STORE_NO_AUTHORITY, path=str(folder)) from None
     check_private(folder)
     forget_half_made(files)
     ledger = Ledger.open(files.ledger)

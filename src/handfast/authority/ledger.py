@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,8 +38,11 @@ from handfast.authority.sqlite import damage, engine_for, store_errors, use_writ
 from handfast.errors import IssuanceRefused, Reason, StoreError
 from handfast.pki.certificates import serial_text
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _PAGE = 500  # rows read at once, so that no read holds the database for long
 _MANY = 1000  # the most that a look-up by name or prefix returns
+
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 _Transaction = AbstractContextManager[Connection]
 
@@ -84,8 +87,6 @@ class Ledger:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
         ledger = cls(path)
         try:
-            with store_errors(path):
-                use_write_ahead_log(ledger._connection)
             with ledger._writing() as connection:
                 schema.metadata.create_all(connection)
                 schema.version.create(connection)
@@ -109,6 +110,9 @@ class Ledger:
                     )
                 facts = {"trust_domain": trust_domain, "certificates": [row.sha256 for row in certificates]}
                 connection.execute(insert(schema.audit).values(at=at, event="authority.created", facts=_json(facts)))
+            # Last, so that there is no log beside the file when it is renamed into place.
+            with store_errors(path):
+                use_write_ahead_log(ledger._connection)
         finally:
             ledger.close()
 
@@ -369,12 +373,13 @@ class Ledger:
         while True:
             wanted = select(schema.audit).where(schema.audit.c.seq > after).order_by(schema.audit.c.seq).limit(_PAGE)
             with self._reading() as connection:
-                rows = connection.execute(wanted).all()
-            for row in rows:
-                yield row.seq, _instant(row.at), row.event, json.loads(row.facts)
-            if len(rows) < _PAGE:
+                entries = [
+                    (row.seq, _instant(row.at), row.event, json.loads(row.facts)) for row in connection.execute(wanted)
+                ]
+            yield from entries
+            if len(entries) < _PAGE:
                 return
-            after = rows[-1].seq
+            after = entries[-1][0]
 
     def _revoke(
         self, connection: Connection, rows: Sequence[Row[Any]], reason: RevocationReason, now: datetime
@@ -424,8 +429,13 @@ class Ledger:
             with self._connection.begin():
                 yield self._connection
 
-    def _reading(self) -> _Transaction:
-        return self._transaction("BEGIN")
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        with self._transaction("BEGIN") as connection:
+            try:
+                yield connection
+            except (ValueError, OverflowError) as error:  # what is stored is not what we ever store
+                raise StoreError(Reason.STORE_CORRUPT, path=str(self.path), detail=str(error)) from None
 
     def _writing(self) -> _Transaction:
         # The lock is taken at once: a reader that turned writer could not wait for another writer to end.
@@ -491,11 +501,7 @@ def _seconds(instant: datetime) -> int:
 
 
 def _instant(seconds: int) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return _EPOCH + timedelta(seconds=seconds)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, create_engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, MultipleResultsFound, NoResultFound
 from sqlalchemy.pool import StaticPool
 
 from handfast.errors import Reason, StoreError
@@ -27,7 +27,7 @@ def engine_for(path: Path) -> Engine:
 
     def connect() -> sqlite3.Connection:
         connection = sqlite3.connect(
-            f"file:{quote(str(path))}?mode=rw",  # or SQLite would make the file when it is missing
+            f"file:{quote(os.fsencode(path))}?mode=rw",  # or SQLite would make the file when it is missing
             uri=True,
             isolation_level=None,  # we begin transactions ourselves
             check_same_thread=False,
@@ -66,6 +66,8 @@ def store_errors(path: Path) -> Iterator[None]:
         raise _store_error(path, error.orig) from None
     except sqlite3.Error as error:
         raise _store_error(path, error) from None
+    except (NoResultFound, MultipleResultsFound) as error:  # of a table that has one row
+        raise StoreError(Reason.STORE_CORRUPT, path=str(path), detail=str(error)) from None
 
 
 def _store_error(path: Path, error: sqlite3.Error) -> StoreError:

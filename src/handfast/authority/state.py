@@ -124,7 +124,7 @@ def usual_passphrase(folder: Path, ask: Callable[[str], bytes]) -> Passphrase:
     """Where the passphrase of a folder comes from when nothing was said: variable, generated file, person."""
     if PASSPHRASE_VARIABLE in os.environ:
         return PassphraseVariable()
-    if Folder(folder).passphrase.exists():
+    if os.path.exists(Folder(folder).passphrase):  # not Path.exists: that raises in a folder we may not enter
         return GeneratedPassphrase()
     return AskedPassphrase(ask)
 

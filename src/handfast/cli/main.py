@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from typing import Any
 
 import click
@@ -53,6 +54,7 @@ def handfast() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and exit with a stable code (errors.Exit). No traceback reaches the user."""
+    warnings.simplefilter("ignore")  # what libraries tell developers is nothing to a user
     words = sys.argv[1:] if arguments is None else arguments
     sys.exit(_run(words))
 

@@ -127,7 +127,7 @@ class HttpSession:
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             self._log(exchange, outcome="finished" if exchange.tunnel else "client gone")
-        self._drop_upstream()
+        self._drop_upstream(cut=exchange is not None and not exchange.body.done)
 
     def expired(self) -> None:
         """The deadline of what is awaited passed."""
@@ -446,7 +446,7 @@ class HttpSession:
     def _fail(self, failure: Failure) -> None:
         """The exchange cannot be finished: say so if nothing was said yet, else cut the answer off visibly."""
         exchange = self._exchange
-        self._drop_upstream()
+        self._drop_upstream(cut=exchange is not None and not exchange.body.done)
         if exchange is None:
             return
         self._exchange = None
@@ -500,13 +500,13 @@ class HttpSession:
         if records := self._channel.take():
             self._connection.transport.write(records)
 
-    def _drop_upstream(self) -> None:
+    def _drop_upstream(self, *, cut: bool = False) -> None:
         self._full = False
         if self._dialling is not None:
             self._dialling.cancel()
             self._dialling = None
         if self._upstream is not None:
-            self._upstream.drop()
+            self._upstream.drop(cut=cut)
             self._upstream = None
 
     def _log(self, exchange: Exchange, **fields: object) -> None:

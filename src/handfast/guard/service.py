@@ -103,6 +103,7 @@ class Guard:
             connection.abort()
         if self._ticker is not None:
             self._ticker.cancel()
+        await asyncio.sleep(0.05)  # for the transports to close: an event loop with open ones cannot end
 
     def swap(self, snapshot: Snapshot) -> None:
         """Put a new snapshot in force, at once and whole; connections that it does not allow end."""

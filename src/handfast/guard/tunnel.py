@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 class Tunnel:
     """A connection that was allowed as a whole. Backpressure: each side is read only while the other takes."""
 
-    __slots__ = ("_channel", "_connection", "_dialling", "_full", "_in", "_out", "_upstream", "peer")
+    __slots__ = (
+        *("_answered", "_asked", "_channel", "_connection", "_dialling", "_full", "_in", "_out", "_upstream"),
+        "peer",
+    )
 
     def __init__(self, connection: Connection, peer: VerifiedPeer, channel: Channel) -> None:
         self.peer = peer
@@ -27,6 +30,7 @@ class Tunnel:
         self._upstream: Upstream | None = None
         self._dialling: asyncio.Task[None] | None = None
         self._full = True  # nothing is read from the client until there is somewhere to put it
+        self._asked = self._answered = False  # whether the client, and the app, said that they send no more
         self._in = self._out = 0  # bytes, as the app reads and writes them
 
     def start(self) -> None:
@@ -58,7 +62,7 @@ class Tunnel:
         if self._dialling is not None:
             self._dialling.cancel()
         if self._upstream is not None:
-            self._upstream.drop()
+            self._upstream.drop(cut=not self._channel.at_eof)
         took = round((self._connection.moment() - self._connection.opened) * 1000, 1)
         self._connection.event("closed", bytes_in=self._in, bytes_out=self._out, ms=took)
 
@@ -90,12 +94,13 @@ class Tunnel:
 
     def upstream_ended(self) -> None:
         """See Owner. Half-closed: the client may still send."""
+        if self._channel.at_eof:
+            self._close()
+            return
+        self._answered = True
         self._channel.close()
         if records := self._channel.take():
             self._connection.transport.write(records)
-        self._connection.transport.write_eof()
-        if self._channel.at_eof:
-            self._connection.linger()
 
     def upstream_lost(self) -> None:
         """See Owner."""
@@ -116,14 +121,18 @@ class Tunnel:
                 break
             self._in += len(plain)
             upstream.transport.write(plain)
-        if self._channel.at_eof and upstream is not None and upstream.usable:
+        if self._channel.at_eof and not self._asked and upstream is not None and upstream.usable:
+            self._asked = True
             upstream.transport.write_eof()
+            if self._answered:
+                self._close()
+                return
         if records := self._channel.take():  # answers of TLS itself, as to a KeyUpdate
             self._connection.transport.write(records)
 
     def _close(self) -> None:
         if self._upstream is not None:
-            self._upstream.drop()
+            self._upstream.close()
             self._upstream = None
         self._channel.close()
         if records := self._channel.take():

@@ -8,10 +8,13 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import struct
 from typing import Protocol, cast
 
 from handfast.errors import Failure, Reason
 from handfast.guard.places import Target
+
+_RESET = struct.pack("ii", 1, 0)  # socket(7): with a linger time of zero, close sends RST
 
 
 class Owner(Protocol):
@@ -82,9 +85,20 @@ class Upstream(asyncio.Protocol):
         """Whether it is still open, as far as we know."""
         return self._owner is not None and not self.transport.is_closing()
 
-    def drop(self) -> None:
-        """Close it at once; the owner hears no more of it."""
+    def close(self) -> None:
+        """Close it when what was written is sent; the owner hears no more of it."""
         self._owner = None
+        self.transport.close()
+
+    def drop(self, *, cut: bool = False) -> None:
+        """Close it at once; the owner hears no more of it.
+
+        `cut`: what was sent is not whole, and the app must not take a quiet end for its end: reset it.
+        """
+        self._owner = None
+        plug = self.transport.get_extra_info("socket")
+        if cut and plug is not None:
+            plug.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self.transport.abort()
 
 

@@ -57,11 +57,8 @@ _ROCA = [(p, frozenset(pow(65537, a, p) for a in range(p))) for p in _SMALL_PRIM
 
 _FERMAT_ROUNDS = 100  # CA/B Baseline Requirements 6.1.1.3 ask this many
 
-# Edwards25519 (RFC 8032 5.1), and the y of its points of small order: a signature under one holds for any message.
-_P25519 = 2**255 - 19
+_P25519 = 2**255 - 19  # edwards25519, RFC 8032 5.1
 _D25519 = -121665 * pow(121666, -1, _P25519) % _P25519
-_Y_ORDER_8 = 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD83D3D706A17C7
-_SMALL_ORDER = frozenset({0, 1, _P25519 - 1, _Y_ORDER_8, _P25519 - _Y_ORDER_8})
 
 
 def key_type_of(key: PublicKey) -> KeyType | None:
@@ -211,11 +208,16 @@ def _has_close_primes(n: int) -> bool:
 
 def _ed25519_weakness(raw: bytes) -> str | None:
     y = int.from_bytes(raw, "little") & ((1 << 255) - 1)
+    y2 = y * y % _P25519
     # RFC 8032 5.1.3: y is below p, and x² = (y² - 1) / (d y² + 1) has a root.
-    square = (y * y - 1) * pow(_D25519 * y * y + 1, -1, _P25519) % _P25519
+    square = (y2 - 1) * pow(_D25519 * y2 + 1, -1, _P25519) % _P25519
     if y >= _P25519 or (square and pow(square, (_P25519 - 1) // 2, _P25519) != 1):
         return "its Ed25519 point is not on the curve"
-    return "its Ed25519 point has a small order" if y in _SMALL_ORDER else None
+    # The points of order 1, 2 (x = 0), 4 (y = 0) and 8 (doubled, they have y = 0, so x² = -y²). A signature under
+    # one of them can be made without a private key, and holds for any message.
+    if y * (y2 - 1) * (_D25519 * y2 * y2 + 2 * y2 - 1) % _P25519 == 0:
+        return "its Ed25519 point has a small order"
+    return None
 
 
 def _public_der(key: PublicKey) -> bytes:

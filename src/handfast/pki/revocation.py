@@ -47,11 +47,11 @@ def parse_crls(data: bytes, what: str) -> tuple[x509.CertificateRevocationList, 
     """
     try:
         if b"-----BEGIN" not in data:
-            return (x509.load_der_x509_crl(data),)
+            return (_readable(x509.load_der_x509_crl(data)),)
         blocks = _PEM.findall(data)
         if not blocks or data.count(b"-----BEGIN X509 CRL-----") > len(blocks):
             raise ValueError("it was cut short" if b"BEGIN X509 CRL" in data else "it is PEM of another kind")
-        return tuple(x509.load_pem_x509_crl(block) for block in blocks)
+        return tuple(_readable(x509.load_pem_x509_crl(block)) for block in blocks)
     except (ValueError, UnsupportedAlgorithm) as error:
         detail = str(error).split("\n")[0][:100]
         raise InvalidInput(Reason.INPUT_NOT_CRL, what=what, detail=detail) from None
@@ -151,14 +151,17 @@ def build_crl(
     if not _may_sign_lists(issuer.certificate):
         detail = "its key usage does not allow signing revocation lists"
         raise IssuanceRefused(Reason.ISSUE_ISSUER_LIMITED, subject=label(issuer.certificate), detail=detail)
-    builder = x509.CertificateRevocationListBuilder(
-        issuer_name=issuer.certificate.subject,
-        last_update=now - BACKDATE,
-        next_update=next_update,
-        revoked_certificates=[_entry(*entry) for entry in revoked],
-    )
+    # All entries at once: adding them one by one copies the list each time.
+    builder = x509.CertificateRevocationListBuilder(revoked_certificates=[_entry(*entry) for entry in revoked])
+    builder = builder.issuer_name(issuer.certificate.subject).last_update(now - BACKDATE).next_update(next_update)
     builder = builder.add_extension(x509.AuthorityKeyIdentifier(authority_key_id(issuer), None, None), False)
     return builder.add_extension(x509.CRLNumber(number), False).sign(issuer.key, signature_hash(issuer.key))
+
+
+def _readable(crl: x509.CertificateRevocationList) -> x509.CertificateRevocationList:
+    """Touch what is read lazily, so that a list that was parsed is a list that can be used."""
+    _ = crl.issuer.public_bytes(), crl.last_update_utc, crl.next_update_utc
+    return crl
 
 
 def _entry(serial: int, when: datetime, reason: str | None) -> x509.RevokedCertificate:

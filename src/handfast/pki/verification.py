@@ -30,6 +30,7 @@ from handfast.pki.certificates import (
     label,
     serial_text,
 )
+from handfast.pki.constraints import forbidden_by
 from handfast.pki.names import Kind, Name
 from handfast.pki.revocation import NO_REVOCATIONS, CrlSet, Revocations
 
@@ -397,7 +398,11 @@ def _issuing(issuer: x509.Certificate, below: Sequence[x509.Certificate]) -> lis
     facts: dict[str, object] = {"issuer": label(issuer), "subject": label(below[-1])}
     if not is_authority(issuer):
         return [Failure(Reason.VERIFY_NOT_A_CA, facts)]
-    failures = []
+    leaf = below[0]
+    failures = [
+        Failure(Reason.VERIFY_NAME_CONSTRAINT, {"issuer": label(issuer), "name": name})
+        for name in forbidden_by(issuer, certificate_names(leaf), leaf.subject)
+    ]
     try:
         if not issuer.extensions.get_extension_for_class(x509.KeyUsage).value.key_cert_sign:
             failures.append(

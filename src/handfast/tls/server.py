@@ -162,13 +162,14 @@ class ServerContext:
 class ServerHandshake:
     """A handshake under way: feed it records, send what `take` returns, until `feed` returns an outcome."""
 
-    __slots__ = ("_clock", "_connection", "_context", "_refusal")
+    __slots__ = ("_clock", "_connection", "_context", "_refusal", "_seen")
 
     def __init__(self, connection: SSL.Connection, context: ServerContext, clock: Callable[[], datetime]) -> None:
         self._connection = connection
         self._context = context
         self._clock = clock
         self._refusal: tuple[int, int] | None = None  # (OpenSSL's error, depth) of the path's first fault
+        self._seen: dict[int, X509] = {}  # by depth, as OpenSSL walked the path; it forgets them when it refuses
         connection.set_app_data(self)
         connection.set_accept_state()
 
@@ -187,11 +188,12 @@ class ServerHandshake:
         """Return the records that wait to be sent."""
         return _take(self._connection)
 
-    def on_certificate(self, error: int, depth: int) -> bool:
-        """OpenSSL found a fault in the path. Note the first; say whether the handshake may still be finished."""
-        if self._refusal is None:
+    def on_certificate(self, certificate: X509, error: int, depth: int) -> bool:
+        """OpenSSL looked at a certificate of the path. Note the first fault; say whether it may go on."""
+        self._seen[depth] = certificate
+        if error and self._refusal is None:
             self._refusal = (error, depth)
-        return self._context.settings.answer_refusals
+        return not error or self._context.settings.answer_refusals
 
     def _finished(self) -> Accepted | Refused:
         connection, channel = self._connection, Channel(self._connection)
@@ -210,7 +212,7 @@ class ServerHandshake:
         return Accepted(peer, channel, facts)
 
     def _failed(self, error: SSL.Error) -> Refused:
-        presented = self._presented()
+        presented = tuple(self._seen[depth].to_cryptography() for depth in sorted(self._seen))
         if self._refusal is not None:  # OpenSSL refused the path: explain it as the verifier would
             try:
                 verify(presented, self._context.terms, self._clock(), self._judgement())
@@ -258,12 +260,10 @@ def _context(credential: Credential, terms: Terms, settings: ServerSettings) -> 
     return context
 
 
-def _on_certificate(connection: SSL.Connection, _certificate: X509, error: int, depth: int, ok: int) -> bool:
+def _on_certificate(connection: SSL.Connection, certificate: X509, error: int, depth: int, ok: int) -> bool:
     """Called for each certificate of a path. An exception here fails the handshake (since pyOpenSSL 26.0)."""
-    if ok:
-        return True
     handshake = connection.get_app_data()
-    return isinstance(handshake, ServerHandshake) and handshake.on_certificate(error, depth)
+    return isinstance(handshake, ServerHandshake) and handshake.on_certificate(certificate, 0 if ok else error, depth)
 
 
 def _alpn_chooser(ours: tuple[bytes, ...]) -> Callable[[SSL.Connection, list[bytes]], Any]:
