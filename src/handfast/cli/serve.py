@@ -7,7 +7,7 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -215,12 +215,13 @@ def _report(guard: Guard, context: dict[str, Any]) -> None:
     guard.log.emit("bug", guard.now, **told(failure))
 
 
-def _run(main: object) -> None:
-    try:
-        from uvloop import run
-    except ImportError:  # Windows
-        from asyncio import run
-    run(main)  # type: ignore[arg-type]  # both take a coroutine
+def _run(main: Coroutine[Any, Any, None]) -> None:
+    if sys.platform == "win32":  # uvloop is not to be had there
+        asyncio.run(main)
+    else:
+        import uvloop
+
+        uvloop.run(main)
 
 
 def _server_names(names: tuple[str, ...], host: str, trust_domain: str) -> tuple[Name, ...]:

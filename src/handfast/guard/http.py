@@ -22,16 +22,12 @@ from handfast.guard.upstream import Upstream, dial
 from handfast.pki.verification import VerifiedPeer
 from handfast.policy import Decision, Policy, Request, decide
 from handfast.tls.server import Channel, Facts
+from handfast.wire.bodies import Body, BodyKind, body_reader
 from handfast.wire.http1 import (
     MAX_HEAD,
-    Body,
-    BodyKind,
     RequestHead,
     ResponseHead,
-    ambiguous_path,
-    body_reader,
     find_head,
-    normal_host,
     parse_request_head,
     parse_response_head,
     plain_response,
@@ -40,6 +36,7 @@ from handfast.wire.http1 import (
     stays_open,
 )
 from handfast.wire.identity import claims_identity, client_cert, client_identity, fold, overrides_request
+from handfast.wire.targets import ambiguous_path, normal_host
 
 if TYPE_CHECKING:
     from handfast.guard.connection import Connection

@@ -13,28 +13,22 @@ only folds to a framing header's name is refused.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Callable, Iterable, Sequence
-from enum import Enum
 from functools import lru_cache
 from http import HTTPStatus
-from typing import NamedTuple, NoReturn, Protocol
-from urllib.parse import unquote_to_bytes
+from typing import NamedTuple, NoReturn
 
 from handfast.errors import Reason, RemoteProtocolError
+from handfast.wire.bodies import NAME, TOKEN, BodyKind
 from handfast.wire.identity import fold
+from handfast.wire.targets import MAX_HOST, parse_host
 
 MAX_HEAD = 64 * 1024  # bytes; Node takes 16 KiB, Apache 8 KiB a line, Envoy 60 KiB
 MAX_HEADERS = 100  # lines; the default of Apache, HAProxy and gunicorn
-MAX_TRAILER = 8 * 1024  # bytes of all trailer lines of a body
-MAX_EXTENSION = 256  # bytes of one chunk's extensions
 
 Header = tuple[bytes, bytes]
 
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"  # RFC 9110 5.6.2
-_NAME = re.compile(rb"%b+" % _TOKEN)
-_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110 5.5, obs-text allowed
 _VALUE_BYTES = bytes([9, *range(0x20, 0x7F), *range(0x80, 0x100)])
 _TARGET = re.compile(rb"/[!-\"$-~]*")  # RFC 9112 3.2.1; visible ASCII without the fragment's `#`
 _VERSION = re.compile(rb"HTTP/[0-9]\.[0-9]")
@@ -49,7 +43,7 @@ _ORDINARY_LINES = (
     rb"(?:(?:[ABDFGI-SV-Zabdfgi-sv-z]%b*+"
     rb"|[Uu]ser-[Aa]gent|[Cc]ookie|[Cc]ache-[Cc]ontrol|[Cc]ontent-[Tt]ype|[Uu]pgrade-[Ii]nsecure-[Rr]equests"
     rb"|trace(?:parent|state)|[Cc]onnection(?=: [Kk]eep-[Aa]live\r))"
-    rb": [!-~\x80-\xff][ -~\x80-\xff]*+(?<! )\r\n)*" % _TOKEN
+    rb": [!-~\x80-\xff][ -~\x80-\xff]*+(?<! )\r\n)*" % TOKEN
 )
 _COMMON = re.compile(
     rb"([A-Z]{3,16}) ((/[!\"$->@-~]*+)[!\"$-~]*+) HTTP/1\.1\r\n"
@@ -82,15 +76,6 @@ _NEVER_UPSTREAM = _HOP_BY_HOP | {b"contentlength", b"expect"}  # what of these i
 _NEVER_DOWNSTREAM = _HOP_BY_HOP | {b"contentlength", b"altsvc"}  # Alt-Svc could lead the client round the guard
 _REFUSED_METHODS = frozenset({b"CONNECT", b"TRACE"})
 _NOTHING: frozenset[bytes] = frozenset()
-
-
-class BodyKind(Enum):
-    """How the end of a body is found (RFC 9112 6.3)."""
-
-    NONE = "none"
-    LENGTH = "length"
-    CHUNKED = "chunked"
-    UNTIL_CLOSE = "until close"
 
 
 # Named tuples, not frozen dataclasses: those take 2 µs to make, a third of a request's whole budget.
@@ -262,259 +247,6 @@ def plain_response(
     return b"\r\n".join(lines) + (b"" if bodiless or head_only else body)
 
 
-# Bodies.
-
-
-class Body(Protocol):
-    """A body on its way through, read just far enough to find its end."""
-
-    @property
-    def done(self) -> bool:
-        """Whether the end was found. A connection that closes before it was cut short."""
-
-    def feed(self, data: bytes) -> tuple[bytes, int]:
-        """Return what to send on, and how many bytes of `data` were used: all, unless the body ended in it.
-
-        Raises RemoteProtocolError (HTTP_CHUNK); the reader is of no use after that.
-        """
-
-
-def body_reader(kind: BodyKind, length: int, decode: bool = False) -> Body:
-    """Return the reader of a body; `decode` makes a chunked one give its contents without the chunks."""
-    match kind:
-        case BodyKind.CHUNKED:
-            return ChunkedReader(decode)
-        case BodyKind.UNTIL_CLOSE:
-            return CloseReader()
-        case BodyKind.LENGTH:
-            return LengthReader(length)
-        case BodyKind.NONE:
-            return LengthReader(0)
-
-
-class LengthReader:
-    """A body of known length; none at all is one of length 0."""
-
-    __slots__ = ("_left",)
-
-    def __init__(self, length: int) -> None:
-        self._left = length
-
-    @property
-    def done(self) -> bool:
-        """Whether all of it has come."""
-        return self._left == 0
-
-    def feed(self, data: bytes) -> tuple[bytes, int]:
-        """See Body. Raises nothing."""
-        used = min(self._left, len(data))
-        self._left -= used
-        return data[:used], used
-
-
-class CloseReader:
-    """A response's body that ends when the app closes the connection: never done."""
-
-    __slots__ = ()
-
-    @property
-    def done(self) -> bool:
-        """False: only the close of the connection ends it."""
-        return False
-
-    def feed(self, data: bytes) -> tuple[bytes, int]:
-        """See Body. Raises nothing."""
-        return data, len(data)
-
-
-class _Expects(Enum):
-    SIZE = 1
-    DATA_END = 2
-    TRAILER = 3
-
-
-# RFC 9112 7.1, without the white space that 7.1.1 calls bad. 15 digits stay below 2**63.
-_SIZE_LINE = re.compile(
-    rb"([0-9A-Fa-f]{1,15})((?:;%b+(?:=(?:%b+|\"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*\"))?)*)"
-    % (_TOKEN, _TOKEN)
-)
-
-
-class ChunkedReader:
-    """A chunked body (RFC 9112 7.1), given on as plain chunks of the same sizes.
-
-    Extensions and trailers are checked and dropped. The last chunk goes out only when the trailer was good.
-    """
-
-    __slots__ = ("_decode", "_expects", "_left", "_line", "_trailer", "done")
-
-    def __init__(self, decode: bool = False) -> None:
-        self.done = False
-        self._decode = decode
-        self._expects = _Expects.SIZE
-        self._left = 0  # bytes of the chunk's data still to come
-        self._line = b""  # the part of a line that has come
-        self._trailer = 0  # bytes of trailer lines so far
-
-    def feed(self, data: bytes) -> tuple[bytes, int]:
-        """See Body. Data in the midst of a chunk goes through uncopied."""
-        size = len(data)
-        if size < self._left:
-            self._left -= size
-            return data, size
-        view = memoryview(data)
-        out: list[bytes | memoryview] = []
-        at = 0
-        while at < size and not self.done:
-            if self._left:
-                used = min(self._left, size - at)
-                out.append(view[at : at + used])
-                at += used
-                self._left -= used
-            else:
-                at = self._take_line(data, at, out)
-        return b"".join(out), at
-
-    def _take_line(self, data: bytes, at: int, out: list[bytes | memoryview]) -> int:
-        """Read up to the end of a line, or of `data`; return the index behind it."""
-        match self._expects:
-            case _Expects.SIZE:
-                limit = 15 + MAX_EXTENSION + 2
-            case _Expects.DATA_END:
-                limit = 2  # CRLF and nothing else
-            case _Expects.TRAILER:
-                limit = MAX_TRAILER - self._trailer
-        room = limit - len(self._line)
-        end = data.find(b"\n", at, at + room) + 1
-        if end == 0:
-            if len(data) - at >= room:
-                raise RemoteProtocolError(Reason.HTTP_CHUNK, detail=f"a line longer than {limit} bytes")
-            self._line += data[at:]
-            return len(data)
-        line = self._line + data[at:end]
-        self._line = b""
-        if line[-2:] != b"\r\n":
-            raise RemoteProtocolError(Reason.HTTP_CHUNK, detail="a line that ends in a bare LF")
-        mark = self._end_line(line[:-2])
-        if not self._decode:
-            out.append(mark)
-        return end
-
-    def _end_line(self, line: bytes) -> bytes:
-        """Take in a line; return the framing that is sent on for it."""
-        match self._expects:
-            case _Expects.SIZE:
-                found = _SIZE_LINE.fullmatch(line)
-                if found is None or len(found[2]) > MAX_EXTENSION:
-                    raise RemoteProtocolError(Reason.HTTP_CHUNK, detail="a malformed chunk size or extension")
-                self._left = int(found[1], 16)
-                if self._left == 0:
-                    self._expects = _Expects.TRAILER
-                    return b""
-                self._expects = _Expects.DATA_END
-                return b"%x\r\n" % self._left
-            case _Expects.DATA_END:
-                self._expects = _Expects.SIZE
-                return b"\r\n"
-            case _Expects.TRAILER:
-                if not line:
-                    self.done = True
-                    return b"0\r\n\r\n"
-                name, colon, value = line.partition(b":")
-                if not colon or not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
-                    raise RemoteProtocolError(Reason.HTTP_CHUNK, detail="a malformed trailer line")
-                self._trailer += len(line) + 2
-                return b""
-
-
-# Paths and hosts.
-
-# Segments that are not empty and do not begin with a dot, of bytes that no app reads in two ways.
-_PLAIN_PATH = re.compile(rb"/(?:[A-Za-z0-9_~!$&'()*+,=:@-][A-Za-z0-9_~!$&'()*+,=:@.-]*+(?:/|\Z))*")
-_AMBIGUOUS = re.compile(
-    rb"//|/\.\.?(?:/|\Z)|[^!-~]|[;\\]"
-    rb"|%(?![0-9A-Fa-f]{2})"
-    rb"|%(?:[01][0-9A-Fa-f]|7[Ff])"  # control bytes
-    rb"|%(?:2[Ff]|3[Bb]|5[Cc])"  # / ; \
-    rb"|%(?:2[DdEe]|3[0-9]|4[1-9A-Fa-f]|5[0-9AaFf]|6[1-9A-Fa-f]|7[0-9AaEe])"  # unreserved: RFC 3986 2.3
-)
-_ESCAPE = re.compile(rb"%[0-9A-Fa-f]{2}")
-
-
-def ambiguous_path(path: bytes) -> bool:
-    """Whether the app may read the path as another than the bytes that a rule judges. Raises nothing.
-
-    So are: empty, `.` and `..` segments; `\\`, `;` and bytes that are not visible ASCII; escapes that are
-    malformed, of control bytes, of `/`, `\\` and `;`, of characters that need none (RFC 3986 2.3: `%61` is
-    `a`), that decode to another escape, or that are not UTF-8, overlong forms among them.
-    """
-    if _PLAIN_PATH.fullmatch(path):
-        return False
-    if not path.startswith(b"/"):
-        return path != b"*"
-    if _AMBIGUOUS.search(path):
-        return True
-    decoded = unquote_to_bytes(path)
-    if _ESCAPE.search(decoded):
-        return True
-    try:
-        decoded.decode("utf-8")
-    except UnicodeDecodeError:
-        return True
-    return False
-
-
-# RFC 1034 3.5 with the underscore that practice allows, as in certificates' DNS names.
-_HOST_NAME = re.compile(rb"(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
-_NUMERIC_END = re.compile(rb"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")
-_HOST_VALUE = re.compile(rb"(?:\[([0-9A-Fa-f:.]{2,45})\]|([0-9A-Za-z._-]{1,254}))(?::([0-9]{1,5}))?")
-
-
-def normal_host(text: bytes | str) -> bytes | None:
-    """Return a host in the one form that the Host header and the TLS server name are compared in.
-
-    Lower case, no dot at the end, IP addresses in canonical text, IPv6 without brackets. None for what is no
-    host: non-ASCII (names are in A-labels), empty or overlong labels, and numbers that only some read as an
-    address (`127.1`, `0x7f.1`). Raises nothing.
-    """
-    if isinstance(text, str):
-        if not text.isascii():
-            return None
-        text = text.encode("ascii")
-    host = text.lower()
-    if b":" in host:
-        if b"%" in host:  # a zone, which means something on one machine only
-            return None
-        try:
-            return str(ipaddress.IPv6Address(host.decode("ascii"))).encode("ascii")
-        except ValueError:
-            return None
-    host = host.removesuffix(b".")
-    if len(host) > 253 or not _HOST_NAME.fullmatch(host):
-        return None
-    if _NUMERIC_END.fullmatch(host):
-        try:
-            return str(ipaddress.IPv4Address(host.decode("ascii"))).encode("ascii")
-        except ValueError:
-            return None
-    return host
-
-
-@lru_cache(256)  # each key is at most _MAX_HOST bytes
-def _host_of(value: bytes) -> bytes | None:
-    found = _HOST_VALUE.fullmatch(value)
-    if found is None or (found[3] is not None and int(found[3]) > 65535):
-        return None
-    if found[1] is not None:
-        return normal_host(found[1]) if b":" in found[1] else None
-    return normal_host(found[2])
-
-
-_MAX_HOST = 262  # a name of 254 bytes, a colon and a port
-
-
-# Heads.
-
 # The headers, and those of them that frame the message, with their folded names.
 _Fields = tuple[tuple[Header, ...], list[tuple[bytes, bytes, bytes]]]
 
@@ -532,7 +264,7 @@ def _parse_common(head: bytes) -> RequestHead | None:
         return None
     method, target, path, block, host_value, length = found.groups()
     headers = tuple(_PAIR.findall(block))
-    host = _host_of(host_value)
+    host = parse_host(host_value)
     if host is None or method in _REFUSED_METHODS or len(headers) > MAX_HEADERS:
         return None
     kind, size = (BodyKind.NONE, 0) if length is None else (BodyKind.LENGTH, int(length))
@@ -548,7 +280,7 @@ def _parse_strictly(head: bytes) -> RequestHead:
     method, target, version = parts
     if version not in (b"HTTP/1.0", b"HTTP/1.1"):
         raise RemoteProtocolError(Reason.HTTP_VERSION)
-    if not _NAME.fullmatch(method):
+    if not NAME.fullmatch(method):
         raise RemoteProtocolError(Reason.HTTP_REQUEST_LINE)
     # Some apps fold the method's case; and whether a response has a body hangs on HEAD.
     folded = method.upper()
@@ -590,7 +322,7 @@ def _split(head: bytes, start: int) -> _Fields:
 
 def _learn_name(name: bytes, line: bytes) -> bytes:
     """Return the folded name, and remember it, or say what is wrong with the line."""
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         if line[:1] in (b" ", b"\t"):
             _refuse("a line that continues another (RFC 9112 5.2)")
         _refuse("a name that is no token, or white space before the colon" if line else "an empty line")
@@ -678,7 +410,7 @@ def _read_connection(tokens: Iterable[bytes]) -> tuple[frozenset[bytes], bool, b
     names -= {b"close", b"keep-alive"}
     if not names:
         return _NOTHING, close, keep_alive
-    if not all(map(_NAME.fullmatch, names)):
+    if not all(map(NAME.fullmatch, names)):
         _refuse("a malformed Connection")
     listed = frozenset(map(fold, names))
     if listed & _UNLISTABLE:
@@ -689,7 +421,7 @@ def _read_connection(tokens: Iterable[bytes]) -> tuple[frozenset[bytes], bool, b
 def _read_request(method: bytes, target: bytes, minor: int, fields: _Fields) -> RequestHead:
     framing = _read_framing(fields, minor)
     hosts = framing.hosts
-    host = _host_of(hosts[0]) if len(hosts) == 1 and len(hosts[0]) <= _MAX_HOST else None
+    host = parse_host(hosts[0]) if len(hosts) == 1 and len(hosts[0]) <= MAX_HOST else None
     if host is None:
         raise RemoteProtocolError(Reason.HTTP_HOST)
     if framing.expectations and framing.expectations != [b"100-continue"]:
