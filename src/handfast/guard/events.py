@@ -7,9 +7,12 @@ It never holds a key, a token or a query string.
 from __future__ import annotations
 
 import json
+import queue
 import threading
 from datetime import datetime
 from typing import Any, BinaryIO
+
+import msgspec
 
 from handfast.errors import Failure, Reason
 
@@ -17,57 +20,53 @@ MAX_PENDING = 16 << 20  # bytes that may wait for a slow reader of the log befor
 
 
 class EventLog:
-    """Events to one stream, through one thread, so that a slow disk or pipe does not hold up connections."""
+    """Events to one stream. `emit` only collects; `flush`, a few times a second, hands them to a thread.
+
+    So neither a slow disk nor a thread that wakes for each line holds up connections. A kill -9 can lose what
+    was collected since the last flush.
+    """
 
     def __init__(self, stream: BinaryIO, *, pretty: bool) -> None:
         self.broken = False
         self._stream = stream
-        self._pretty = pretty
+        self._render = _pretty if pretty else _json
         self._lines: list[bytes] = []
-        self._size = 0
-        self._closing = False
-        self._changed = threading.Condition()
+        self._batches: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._pending = 0  # bytes handed over and not written yet
         self._thread = threading.Thread(target=self._write_all, name="handfast-log", daemon=True)
         self._thread.start()
 
     def emit(self, event: str, when: datetime, **fields: Any) -> None:
         """Take one event. Values are JSON values; None is left out. Raises nothing; see `broken`."""
-        fields = {key: value for key, value in fields.items() if value is not None}
-        line = _pretty(event, when, fields) if self._pretty else _json(event, when, fields)
-        with self._changed:
-            self._lines.append(line)
-            self._size += len(line)
-            if self._size > MAX_PENDING:
-                self.broken = True
-                self._lines.clear()
-                self._size = 0
-            self._changed.notify()
+        self._lines.append(self._render(event, when, fields))
+
+    def flush(self) -> None:
+        """Have written what was collected."""
+        if not self._lines:
+            return
+        batch = b"".join(self._lines)
+        self._lines.clear()
+        if self._pending + len(batch) > MAX_PENDING:
+            self.broken = True
+            return
+        self._pending += len(batch)
+        self._batches.put(batch)
 
     def close(self) -> None:
         """Write what is left; wait for it 2 s at most."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
+        self.flush()
+        self._batches.put(None)
         self._thread.join(2)
 
     def _write_all(self) -> None:
-        while True:
-            with self._changed:
-                while not self._lines and not self._closing:
-                    self._changed.wait()
-                lines, self._lines = self._lines, []
-                closing = self._closing
-            batch = b"".join(lines)
+        while (batch := self._batches.get()) is not None:
             try:
                 self._stream.write(batch)
                 self._stream.flush()
                 self.broken = False
             except (OSError, ValueError):
                 self.broken = True
-            with self._changed:
-                self._size = max(0, self._size - len(batch))
-                if closing and not self._lines:
-                    return
+            self._pending -= len(batch)
 
 
 def told(failure: Failure) -> dict[str, Any]:
@@ -80,15 +79,21 @@ def refusal_body(reason: Reason, request_id: str) -> bytes:
     return json.dumps({"error": reason.code, "id": request_id}).encode() + b"\n"
 
 
+_encode = msgspec.json.Encoder().encode
+
+
 def _json(event: str, when: datetime, fields: dict[str, Any]) -> bytes:
-    return json.dumps({"event": event, "time": when.isoformat(timespec="milliseconds"), **fields}).encode() + b"\n"
+    known = {key: value for key, value in fields.items() if value is not None}
+    return _encode({"event": event, "time": when.isoformat(timespec="milliseconds"), **known}) + b"\n"
 
 
 _HIDDEN = frozenset({"authority", "serial", "facts", "version", "cipher", "group"})
 
 
 def _pretty(event: str, when: datetime, fields: dict[str, Any]) -> bytes:
-    shown = " ".join(f"{key}={_word(value)}" for key, value in fields.items() if key not in _HIDDEN)
+    shown = " ".join(
+        f"{key}={_word(value)}" for key, value in fields.items() if value is not None and key not in _HIDDEN
+    )
     return f"{when:%H:%M:%S} {event:<10} {shown}\n".encode("utf-8", "backslashreplace")
 
 

@@ -22,6 +22,7 @@ from handfast.policy import Policy, admits
 from handfast.tls.server import ServerContext
 
 TICK = 0.5  # seconds; a trust that ended is acted on within two of them
+FLUSH = 0.05  # seconds that an event may wait for its line in the log
 BACKLOG = 4096
 
 
@@ -65,6 +66,7 @@ class Guard:
     draining: bool = False
     _servers: list[asyncio.Server] = field(default_factory=list)
     _ticker: asyncio.TimerHandle | None = None
+    _flusher: asyncio.TimerHandle | None = None
     _reload_failure: str = ""
 
     @property
@@ -85,6 +87,7 @@ class Guard:
         self._servers.append(server)
         if self._ticker is None:
             self._ticker = loop.call_later(TICK, self._tick)
+            self._flusher = loop.call_later(FLUSH, self._flush)
         name = server.sockets[0].getsockname()
         return join_address(name[0], name[1])
 
@@ -103,6 +106,8 @@ class Guard:
             connection.abort()
         if self._ticker is not None:
             self._ticker.cancel()
+        if self._flusher is not None:
+            self._flusher.cancel()
         await asyncio.sleep(0.05)  # for the transports to close: an event loop with open ones cannot end
 
     def swap(self, snapshot: Snapshot) -> None:
@@ -119,6 +124,10 @@ class Guard:
         moment, now = loop.time(), self.now
         for connection in list(self.connections):
             connection.tick(moment, now)
+
+    def _flush(self) -> None:
+        self._flusher = asyncio.get_running_loop().call_later(FLUSH, self._flush)
+        self.log.flush()
 
     def _refresh(self) -> None:
         if self.refresh is None:

@@ -9,7 +9,7 @@ from OpenSSL import SSL
 
 from handfast.tls.credential import Credential
 from handfast.tls.reasons import handshake_failure
-from handfast.tls.server import READ_SIZE, Channel, TlsBroken
+from handfast.tls.server import READ_SIZE, Channel, TlsBroken, write_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ class ClientHandshake:
         context = SSL.Context(SSL.TLS_CLIENT_METHOD)
         context.set_min_proto_version(SSL.TLS1_2_VERSION)
         context.set_verify(SSL.VERIFY_NONE)
+        write_whole(context)
         if credential is not None:
             credential.configure(context)
         self._connection = SSL.Connection(context, None)

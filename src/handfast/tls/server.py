@@ -52,43 +52,56 @@ def engine_version() -> str:
     return SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode()
 
 
+# A connection's bytes cross into OpenSSL through these, not through pyOpenSSL's methods: those make a buffer and
+# raise an exception for each call, which is most of what a small record costs (`make bench`). The names are private
+# to pyOpenSSL; they stand in this file alone, and tests/tls hold them.
+_lib, _ffi = SSL._lib, SSL._ffi  # type: ignore[attr-defined]  # see above
+_BUFFER_SIZE = 1 << 18
+_buffer = _ffi.new("char[]", _BUFFER_SIZE)  # one event loop, one thread: nothing stays in it between calls
+
+
 class Channel:
     """The encrypted pipe of a finished handshake: plain bytes on one side, TLS records on the other."""
 
-    __slots__ = ("_connection", "at_eof")
+    __slots__ = ("_connection", "_in", "_out", "_ssl", "at_eof")
 
     def __init__(self, connection: SSL.Connection) -> None:
-        self._connection = connection
+        self._connection = connection  # owns what the others point to
+        self._ssl = connection._ssl  # type: ignore[attr-defined]  # see above
+        self._in = connection._into_ssl  # type: ignore[attr-defined]  # see above
+        self._out = connection._from_ssl  # type: ignore[attr-defined]  # see above
         self.at_eof = False
 
     def feed(self, records: bytes) -> None:
         """Take what the network brought."""
-        self._connection.bio_write(records)
+        if _lib.BIO_write(self._in, records, len(records)) != len(records):
+            raise MemoryError("a memory BIO takes no more")
 
     def read(self) -> bytes:
         """Return the next plain bytes; b'' when more records are needed or, with `at_eof`, at the peer's end.
 
-        Raises RemoteProtocolError's cause as a Failure through `TlsBroken` when records do not decrypt.
+        Raises TlsBroken when records do not decrypt.
         """
         if self.at_eof:
             return b""
-        try:
-            return self._connection.recv(READ_SIZE)
-        except SSL.WantReadError:
-            return b""
-        except SSL.ZeroReturnError:
-            self.at_eof = True
-            return b""
-        except SSL.Error as error:
-            self.at_eof = True
-            raise TlsBroken(handshake_failure(error)) from None
+        size = 0
+        while size < _BUFFER_SIZE:  # each call gives one record's bytes at most
+            got = _lib.SSL_read(self._ssl, _buffer + size, _BUFFER_SIZE - size)
+            if got <= 0:
+                error = _lib.SSL_get_error(self._ssl, got)
+                if error == _lib.SSL_ERROR_WANT_READ:
+                    break
+                self.at_eof = True
+                if error != _lib.SSL_ERROR_ZERO_RETURN:
+                    raise TlsBroken(self._failure(got))
+                break
+            size += got
+        return bytes(_ffi.buffer(_buffer, size)) if size else b""
 
     def write(self, plain: bytes) -> None:
-        """Encrypt; `take` has the records."""
-        try:
-            self._connection.sendall(plain)
-        except SSL.Error as error:
-            raise TlsBroken(handshake_failure(error)) from None
+        """Encrypt; `take` has the records. Raises TlsBroken."""
+        if plain and (put := _lib.SSL_write(self._ssl, plain, len(plain))) != len(plain):
+            raise TlsBroken(self._failure(put))
 
     def close(self) -> None:
         """Say close_notify, where that can still be said."""
@@ -99,7 +112,19 @@ class Channel:
 
     def take(self) -> bytes:
         """Return the records that wait to be sent."""
-        return _take(self._connection)
+        return _take(self._out)
+
+    def _failure(self, result: int) -> Failure:
+        try:
+            self._connection._raise_ssl_error(self._ssl, result)  # type: ignore[attr-defined]  # see above
+        except SSL.Error as error:
+            return handshake_failure(error)
+        return Failure(Reason.TLS_HANDSHAKE, {"detail": "no reason given"})
+
+
+def write_whole(context: SSL.Context) -> None:
+    """Have `Channel.write` take all it is given in one crossing; pyOpenSSL asks for a record at a time."""
+    context.clear_mode(_lib.SSL_MODE_ENABLE_PARTIAL_WRITE)
 
 
 class TlsBroken(Exception):
@@ -186,7 +211,7 @@ class ServerHandshake:
 
     def take(self) -> bytes:
         """Return the records that wait to be sent."""
-        return _take(self._connection)
+        return _take(self._connection._from_ssl)  # type: ignore[attr-defined]  # see above
 
     def on_certificate(self, certificate: X509, error: int, depth: int) -> bool:
         """OpenSSL looked at a certificate of the path. Note the first fault; say whether it may go on."""
@@ -240,7 +265,8 @@ def _context(credential: Credential, terms: Terms, settings: ServerSettings) -> 
     context.set_min_proto_version(SSL.TLS1_2_VERSION if settings.allow_tls12 else SSL.TLS1_3_VERSION)
     context.set_options(SSL.OP_NO_TICKET | SSL.OP_NO_RENEGOTIATION | SSL.OP_CIPHER_SERVER_PREFERENCE)
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
-    context.set_mode(SSL.MODE_RELEASE_BUFFERS)
+    write_whole(context)
+    context.set_mode(SSL.MODE_RELEASE_BUFFERS)  # an idle connection keeps no record buffers
     if settings.allow_tls12:
         context.set_cipher_list(b"ECDHE+AESGCM:ECDHE+CHACHA20")
     credential.configure(context)
@@ -273,16 +299,13 @@ def _alpn_chooser(ours: tuple[bytes, ...]) -> Callable[[SSL.Connection, list[byt
     return choose
 
 
-def _take(connection: SSL.Connection) -> bytes:
+def _take(bio: Any) -> bytes:
     pieces = []
-    try:
-        while True:
-            pieces.append(connection.bio_read(READ_SIZE))
-            if len(pieces[-1]) < READ_SIZE:
-                break
-    except SSL.WantReadError:
-        pass
-    return b"".join(pieces) if len(pieces) != 1 else pieces[0]
+    while (got := _lib.BIO_read(bio, _buffer, _BUFFER_SIZE)) > 0:
+        pieces.append(bytes(_ffi.buffer(_buffer, got)))
+        if got < _BUFFER_SIZE:
+            break
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _prove(context: ServerContext) -> None:
@@ -299,7 +322,7 @@ def _prove(context: ServerContext) -> None:
             pass
         except SSL.Error:
             break
-        outcome = server.feed(_take(client))
+        outcome = server.feed(_take(client._from_ssl))  # type: ignore[attr-defined]  # see above
         if outcome is not None:
             if isinstance(outcome, Refused) and outcome.failures[0].reason is Reason.VERIFY_NO_CERTIFICATE:
                 return
