@@ -48,13 +48,18 @@ MAIL = _peer("alice@corp.example")
         ("email:*@corp.example", MAIL, True),
         ("email:*@example", MAIL, False),
         ("any", MAIL, True),
-        (f"sha256:{WEB.names[-1].value}", WEB, True),
-        (f"sha256:{WEB.names[-1].value}", DEEP, False),
     ],
 )
 def test_who_is_meant(rule: str, peer: VerifiedPeer, allowed: bool) -> None:
     """A pattern means exactly the names it says."""
     assert decide(parse_policy([rule], "td"), peer, Request(b"GET", b"/")).allowed is allowed
+
+
+def test_a_certificate_is_meant_by_its_digest() -> None:
+    """A rule with a SHA-256 means that certificate and no other."""
+    policy = parse_policy([f"sha256:{WEB.names[-1].value}"])
+    assert decide(policy, WEB, None).allowed
+    assert not decide(policy, DEEP, None).allowed
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from datetime import datetime
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from handfast.errors import Failure, Reason, RemoteProtocolError
@@ -60,7 +61,7 @@ class State(Protocol):
 class Connection(asyncio.Protocol):
     """The transport's side: owns the socket, the deadline and the id; the state does the rest."""
 
-    __slots__ = ("_checked", "_state", "address", "deadline", "guard", "id", "opened", "peer", "transport")
+    __slots__ = ("_checked", "_state", "address", "deadline", "guard", "id", "opened", "peer", "transport", "who")
 
     transport: asyncio.Transport
 
@@ -68,6 +69,7 @@ class Connection(asyncio.Protocol):
         self.guard = guard
         self.id = secrets.token_hex(6)
         self.peer: VerifiedPeer | None = None
+        self.who: str | None = None  # the peer's identity, as logs say it
         self.deadline = 0.0
         self.address = ""
         self._state: State = Handshaking(self)
@@ -90,7 +92,7 @@ class Connection(asyncio.Protocol):
         try:
             self._state.received(data)
         except TlsBroken as broken:
-            self.event("connection", decision="deny", **told(broken.failure))
+            self.event("connection", {"decision": "deny"} | told(broken.failure))
             self.abort()
         except Exception as bug:
             self.bug(bug)
@@ -120,7 +122,7 @@ class Connection(asyncio.Protocol):
     # What the guard calls.
 
     def tick(self, moment: float, now: datetime) -> None:
-        """Act on the deadline and on the end of trust by time. `moment` is the loop's clock."""
+        """Act on the deadline and on the end of trust by time. `moment` is on the clock of `moment()`."""
         if moment >= self.deadline:
             self._state.expired()
         elif self.peer is not None and now >= self.peer.not_after:
@@ -141,7 +143,7 @@ class Connection(asyncio.Protocol):
 
     def end_trust(self, failure: Failure) -> None:
         """Cut the peer off: nothing more goes either way."""
-        self.event("ended", decision="deny", **told(failure))
+        self.event("ended", {"decision": "deny"} | told(failure))
         self.abort()
 
     def abort(self) -> None:
@@ -152,12 +154,12 @@ class Connection(asyncio.Protocol):
     # What the states call.
 
     def moment(self) -> float:
-        """The loop's clock, in seconds."""
-        return asyncio.get_running_loop().time()
+        """The clock of deadlines, in seconds. Not the loop's: asking for the loop costs a system call."""
+        return monotonic()
 
     def set_deadline(self, seconds: float) -> None:
         """Give the present state so long."""
-        self.deadline = self.moment() + seconds
+        self.deadline = monotonic() + seconds
 
     def become(self, state: State) -> None:
         """Go over to another state."""
@@ -167,15 +169,16 @@ class Connection(asyncio.Protocol):
         """Say no more, and wait a moment for the peer to read what was said."""
         self.become(Lingering(self))
 
-    def event(self, event: str, **fields: Any) -> None:
+    def event(self, event: str, fields: dict[str, Any]) -> None:
         """Log an event of this connection."""
-        peer = None if self.peer is None else str(self.peer.identity)
-        self.guard.log.emit(event, self.guard.now, id=self.id, address=self.address, peer=peer, **fields)
+        made = {"id": self.id, "address": self.address, "peer": self.who}
+        made |= fields
+        self.guard.log.emit(event, self.guard.now, made)
 
     def bug(self, bug: Exception) -> None:
         """Fail closed on what should not happen: refuse, say so, keep serving the others."""
         detail = f"{type(bug).__name__}: {bug}"[:200]
-        self.event("connection", decision="deny", **told(Failure(Reason.BUG, {"detail": detail})))
+        self.event("connection", {"decision": "deny"} | told(Failure(Reason.BUG, {"detail": detail})))
         self.abort()
 
 
@@ -210,7 +213,7 @@ class Handshaking:
     def ended(self) -> None:
         """The client went away in the midst of it."""
         if self._handshake is not None:
-            self._connection.event("connection", decision="deny", **told(Failure(Reason.TLS_CLOSED)))
+            self._connection.event("connection", {"decision": "deny"} | told(Failure(Reason.TLS_CLOSED)))
         self._connection.abort()
 
     def writable(self, yes: bool) -> None:
@@ -222,14 +225,14 @@ class Handshaking:
     def expired(self) -> None:
         """Too slow: make room for others."""
         failure = Failure(Reason.TLS_TIMEOUT, {"limit": self._connection.guard.limits.handshake})
-        self._connection.event("connection", decision="deny", **told(failure))
+        self._connection.event("connection", {"decision": "deny"} | told(failure))
         self._connection.abort()
 
     def _not_tls(self, data: bytes) -> None:
         connection = self._connection
         plain_http = connection.guard.target.http and data[0] in _LETTERS
         failure = Failure(Reason.TLS_PLAIN_HTTP if plain_http else Reason.TLS_NOT_TLS)
-        connection.event("connection", decision="deny", **told(failure))
+        connection.event("connection", {"decision": "deny"} | told(failure))
         if plain_http:
             connection.transport.write(plain_response(400, refusal_body(failure.reason, connection.id)))
         connection.linger()
@@ -350,13 +353,19 @@ def _admit(connection: Connection, accepted: Accepted) -> None:
     if failure is not None and failure.reason is not Reason.ENDED_POLICY:
         _refuse(connection, Refused((failure,), peer.path, accepted.channel, accepted.facts))
         return
-    connection.peer = peer
-    leaf = {"authority": peer.identity.authority, "serial": serial_text(peer.leaf.serial_number)}
-    tls = {"version": accepted.facts.version, "cipher": accepted.facts.cipher, "group": accepted.facts.group}
-    took = round((connection.moment() - connection.opened) * 1000, 1)
+    connection.peer, connection.who = peer, str(peer.identity)
+    facts = accepted.facts
+    shown: dict[str, Any] = {
+        "authority": peer.identity.authority,
+        "serial": serial_text(peer.leaf.serial_number),
+        "version": facts.version,
+        "cipher": facts.cipher,
+        "group": facts.group,
+        "ms": round((connection.moment() - connection.opened) * 1000, 1),
+    }
     if guard.target.http:
-        connection.event("connection", decision="accept", ms=took, **leaf, **tls)
-        session = HttpSession(connection, peer, accepted.channel, accepted.facts)
+        connection.event("connection", {"decision": "accept"} | shown)
+        session = HttpSession(connection, peer, accepted.channel, facts)
         connection.become(session)
         session.start()
         return
@@ -364,12 +373,12 @@ def _admit(connection: Connection, accepted: Accepted) -> None:
     rule = None if decision.rule is None else str(decision.rule)
     if not decision.allowed:
         failure = Failure(decision.reason, {"who": str(peer.identity), "rule": rule})
-        connection.event("connection", decision="deny", rule=rule, ms=took, **told(failure), **leaf, **tls)
+        connection.event("connection", {"decision": "deny", "rule": rule} | told(failure) | shown)
         accepted.channel.close()
         connection.transport.write(accepted.channel.take())
         connection.linger()
         return
-    connection.event("connection", decision="allow", rule=rule, reason=decision.reason.code, ms=took, **leaf, **tls)
+    connection.event("connection", {"decision": "allow", "rule": rule, "reason": decision.reason.code} | shown)
     tunnel = Tunnel(connection, peer, accepted.channel)
     connection.become(tunnel)
     tunnel.start()
@@ -382,7 +391,7 @@ def _refuse(connection: Connection, refused: Refused) -> None:
         leaf = refused.presented[0]
         shown = {"presented": label(leaf), "serial": serial_text(leaf.serial_number)}
     also = [failure.reason.code for failure in refused.failures[1:]] or None
-    connection.event("connection", decision="deny", **told(first), also=also, **shown)
+    connection.event("connection", {"decision": "deny"} | told(first) | {"also": also} | shown)
     if refused.channel is not None and connection.guard.target.http:
         refusing = Refusing(connection, refused.channel, first.reason)
         connection.become(refusing)

@@ -36,7 +36,7 @@ class EventLog:
         self._thread = threading.Thread(target=self._write_all, name="handfast-log", daemon=True)
         self._thread.start()
 
-    def emit(self, event: str, when: datetime, **fields: Any) -> None:
+    def emit(self, event: str, when: datetime, fields: dict[str, Any]) -> None:
         """Take one event. Values are JSON values; None is left out. Raises nothing; see `broken`."""
         self._lines.append(self._render(event, when, fields))
 
@@ -83,8 +83,9 @@ _encode = msgspec.json.Encoder().encode
 
 
 def _json(event: str, when: datetime, fields: dict[str, Any]) -> bytes:
-    known = {key: value for key, value in fields.items() if value is not None}
-    return _encode({"event": event, "time": when.isoformat(timespec="milliseconds"), **known}) + b"\n"
+    made = {"event": event, "time": when.isoformat(timespec="milliseconds")}
+    made |= {key: value for key, value in fields.items() if value is not None}
+    return _encode(made) + b"\n"
 
 
 _HIDDEN = frozenset({"authority", "serial", "facts", "version", "cipher", "group"})

@@ -20,7 +20,7 @@ from handfast.errors import Failure, Reason, RemoteProtocolError
 from handfast.guard.events import refusal_body, told
 from handfast.guard.upstream import Upstream, dial
 from handfast.pki.verification import VerifiedPeer
-from handfast.policy import Decision, Policy, Request, decide
+from handfast.policy import Decision, Policy, Request, Rule, decide_by, rules_about
 from handfast.tls.server import Channel, Facts
 from handfast.wire.bodies import Body, BodyKind, body_reader
 from handfast.wire.http1 import (
@@ -72,7 +72,7 @@ class HttpSession:
 
     __slots__ = (
         *("_buffer", "_channel", "_connection", "_count", "_dialling", "_exchange", "_facts", "_finishing"),
-        *("_full", "_headers", "_reading", "_upstream", "peer"),
+        *("_full", "_headers", "_policy", "_reading", "_rules", "_upstream", "peer"),
     )
 
     def __init__(self, connection: Connection, peer: VerifiedPeer, channel: Channel, facts: Facts) -> None:
@@ -88,6 +88,8 @@ class HttpSession:
         self._reading = True
         self._finishing = False
         self._count = 0
+        self._policy: Policy | None = None
+        self._rules: list[Rule] = []  # of that policy, about this peer
         self._headers = (
             (b"X-Forwarded-For", connection.address.rpartition(":")[0].encode()),
             (b"X-Forwarded-Proto", b"https"),
@@ -219,7 +221,9 @@ class HttpSession:
         if failure is not None:
             self._refuse(failure, head)
             return False
-        decision = decide(policy, self.peer, Request(head.method, head.path))
+        if policy is not self._policy:  # a new snapshot reaches the next request
+            self._policy, self._rules = policy, rules_about(policy, self.peer)
+        decision = decide_by(self._rules, Request(head.method, head.path))
         if not decision.allowed:
             return self._deny(head, decision)
         self._forward(head, decision)
@@ -467,9 +471,8 @@ class HttpSession:
         rule = failure.facts.get("rule")
         status = failure.reason.http or 403
         decision = "deny" if exchange is None else "allow"
-        self._connection.event(
-            "request", request=request_id, decision=decision, rule=rule, status=status, **fields, **told(failure)
-        )
+        said = {"request": request_id, "decision": decision, "rule": rule, "status": status}
+        self._connection.event("request", said | fields | told(failure))
         body = refusal_body(failure.reason, request_id)
         head_only = head is not None and head.method == b"HEAD"
         self._channel.write(plain_response(status, body, close=close, head_only=head_only))
@@ -507,22 +510,25 @@ class HttpSession:
             self._upstream = None
 
     def _log(self, exchange: Exchange, **fields: object) -> None:
-        now = self._connection.moment()
-        status = None if exchange.response is None else exchange.response.status
-        decision = exchange.decision
-        self._connection.event(
-            "request",
-            request=exchange.id,
-            decision=str(decision.effect),
-            rule=None if decision.rule is None else str(decision.rule),
-            status=status,
-            **_request_fields(exchange.head),
-            **({"reason": decision.reason.code} | fields),
-            ms=round((now - exchange.began) * 1000, 1),
-            app_ms=round((exchange.first_byte - exchange.began) * 1000, 1) if exchange.first_byte else None,
-            bytes_in=exchange.bytes_in,
-            bytes_out=exchange.bytes_out,
-        )
+        connection, head, decision = self._connection, exchange.head, exchange.decision
+        took = connection.moment() - exchange.began
+        event: dict[str, object] = {
+            "request": exchange.id,
+            "decision": decision.effect,
+            "rule": None if decision.rule is None else decision.rule.text,
+            "status": None if exchange.response is None else exchange.response.status,
+            "method": head.method.decode("ascii", "replace"),
+            "host": head.host.decode("ascii", "replace"),
+            "path": head.path[:512].decode("ascii", "replace"),  # never the query, which may hold secrets
+            "reason": decision.reason.code,
+            "ms": round(took * 1000, 1),
+            "app_ms": round((exchange.first_byte - exchange.began) * 1000, 1) if exchange.first_byte else None,
+            "bytes_in": exchange.bytes_in,
+            "bytes_out": exchange.bytes_out,
+        }
+        if fields:
+            event |= fields
+        connection.event("request", event)
 
 
 def _request_fields(head: RequestHead) -> dict[str, str]:

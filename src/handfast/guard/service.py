@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from time import monotonic
 
 from handfast.errors import Failure, HandfastError, Reason, Unreachable
 from handfast.guard.connection import Connection
@@ -121,7 +122,7 @@ class Guard:
         loop = asyncio.get_running_loop()
         self._ticker = loop.call_later(TICK, self._tick)
         self._refresh()
-        moment, now = loop.time(), self.now
+        moment, now = monotonic(), self.now
         for connection in list(self.connections):
             connection.tick(moment, now)
 
@@ -136,12 +137,13 @@ class Guard:
             snapshot = self.refresh(self.now)
             if snapshot is not None:
                 self.swap(snapshot)
-                self.log.emit("reload", self.now, outcome="taken")
+                self.log.emit("reload", self.now, {"outcome": "taken"})
             self._reload_failure = ""
         except HandfastError as error:  # what is in force stays, whole; said once per cause
             if self._reload_failure != str(error):
                 self._reload_failure = str(error)
-                self.log.emit("reload", self.now, outcome="kept", reason=error.reason.code, detail=str(error))
+                kept = {"outcome": "kept", "reason": error.reason.code, "detail": str(error)}
+                self.log.emit("reload", self.now, kept)
 
 
 def raise_descriptor_limit() -> None:

@@ -64,7 +64,7 @@ class Tunnel:
         if self._upstream is not None:
             self._upstream.drop(cut=not self._channel.at_eof)
         took = round((self._connection.moment() - self._connection.opened) * 1000, 1)
-        self._connection.event("closed", bytes_in=self._in, bytes_out=self._out, ms=took)
+        self._connection.event("closed", {"bytes_in": self._in, "bytes_out": self._out, "ms": took})
 
     def expired(self) -> None:
         """A tunnel has no deadline of its own."""
@@ -83,7 +83,7 @@ class Tunnel:
 
     def upstream_failed(self, failure: Failure) -> None:
         """See Owner."""
-        self._connection.event("upstream", **told(failure))
+        self._connection.event("upstream", told(failure))
         self._close()
 
     def upstream_data(self, data: bytes) -> None:

@@ -13,8 +13,10 @@ from handfast.policy.rules import (
     Rule,
     admits,
     decide,
+    decide_by,
     parse_policy,
     parse_rule,
+    rules_about,
 )
 
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "Rule",
     "admits",
     "decide",
+    "decide_by",
     "parse_policy",
     "parse_rule",
+    "rules_about",
 ]

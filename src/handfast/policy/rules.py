@@ -69,6 +69,8 @@ class Policy:
     rules: tuple[Rule, ...]
     named: dict[Name, list[int]] = field(init=False, repr=False, compare=False)
     others: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    # Whether any rule depends on the path: an ambiguous one must then be refused before it is judged.
+    judges_paths: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         named: dict[Name, list[int]] = {}
@@ -80,11 +82,7 @@ class Policy:
                 named.setdefault(rule.who.exact, []).append(at)
         object.__setattr__(self, "named", named)
         object.__setattr__(self, "others", tuple(others))
-
-    @property
-    def judges_paths(self) -> bool:
-        """Whether any rule depends on the path; an ambiguous one must then be refused before it is judged."""
-        return any(rule.path is not None for rule in self.rules)
+        object.__setattr__(self, "judges_paths", any(rule.path is not None for rule in self.rules))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +104,12 @@ def decide(policy: Policy, peer: VerifiedPeer, request: Request | None) -> Decis
 
     `request` None asks for a whole connection (TCP). An empty policy denies everyone. Raises nothing.
     """
-    for rule in _speaking_of(policy, peer):
+    return decide_by(rules_about(policy, peer), request)
+
+
+def decide_by(rules: Iterable[Rule], request: Request | None) -> Decision:
+    """Decide as `decide` does, by the rules that `rules_about` gave: they stay the same for a peer."""
+    for rule in rules:
         if rule.covers(request):
             reason = Reason.POLICY_RULE_MATCHED if rule.effect is Effect.ALLOW else Reason.POLICY_DENIED
             return Decision(rule.effect, rule, reason)
@@ -115,7 +118,14 @@ def decide(policy: Policy, peer: VerifiedPeer, request: Request | None) -> Decis
 
 def admits(policy: Policy, peer: VerifiedPeer) -> bool:
     """Whether any rule could allow the peer anything: without one, its connection has no purpose."""
-    return any(rule.effect is Effect.ALLOW for rule in _speaking_of(policy, peer))
+    return any(rule.effect is Effect.ALLOW for rule in rules_about(policy, peer))
+
+
+def rules_about(policy: Policy, peer: VerifiedPeer) -> list[Rule]:
+    """Return the rules whose WHO means the peer, in their order."""
+    places = [at for name in peer.names for at in policy.named.get(name, ())]
+    places += [at for at in policy.others if any(policy.rules[at].who.matches(name) for name in peer.names)]
+    return [policy.rules[at] for at in sorted(places)]
 
 
 def parse_rule(text: str, trust_domain: str | None = None) -> Rule:
@@ -152,13 +162,6 @@ def _parse_path(text: str, path: str) -> re.Pattern[bytes]:
     open_ended = path.endswith("/**")
     body = re.escape(path.removesuffix("**").encode()).replace(rb"\*", rb"[^/]*")
     return re.compile(body + (b".*" if open_ended else b""), re.S)
-
-
-def _speaking_of(policy: Policy, peer: VerifiedPeer) -> list[Rule]:
-    """The rules whose WHO means the peer, in their order."""
-    places = [at for name in peer.names for at in policy.named.get(name, ())]
-    places += [at for at in policy.others if any(policy.rules[at].who.matches(name) for name in peer.names)]
-    return [policy.rules[at] for at in sorted(places)]
 
 
 def _bad_rule(text: str, detail: str) -> InvalidInput:
