@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from handfast.policy import parse_policy
 from tests.guard.conftest import Ask
@@ -35,7 +36,7 @@ REFUSED: dict[str, tuple[Callable[[Ca], Leaf | None], int, str]] = {
     "no_eku": (lambda ca: ca.client(eku=None), 403, "verify.no_eku"),
     "server_eku": (lambda ca: ca.client(eku=[SERVER]), 403, "verify.purpose"),
     "any_eku": (
-        lambda ca: ca.client(eku=[x509.ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE]),
+        lambda ca: ca.client(eku=[ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE]),
         403,
         "verify.purpose",
     ),

@@ -8,6 +8,8 @@ import json
 import re
 import socket
 import ssl
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -360,20 +362,24 @@ def test_a_slow_head_is_cut_off(ca: Ca, tmp_path: Path) -> None:
         assert _read(tls, b"}\n").startswith(b"HTTP/1.1 408 ")
 
 
+def _until(happens: Callable[[], bool]) -> None:
+    """Wait until something happens on another thread; the test's own time limit ends it."""
+    while not happens():
+        time.sleep(0.001)
+
+
 def test_a_log_that_fails_stops_forwarding(ca: Ca, ask: Ask) -> None:
     """While the log cannot be written nothing is forwarded; when it can again, requests go on."""
     with App() as app, Running(ca, app.address) as guard:
         guard.events.fail = True
         ask(guard, None)
-        while not guard.guard.log.broken:
-            pass
+        _until(lambda: guard.guard.log.broken)
         seen = app.connections
         assert ask(guard, ca.client()).startswith(b"HTTP/1.1 503 ")
         assert app.connections == seen
         guard.events.fail = False
         ask(guard, None)
-        while guard.guard.log.broken:
-            pass
+        _until(lambda: not guard.guard.log.broken)
         assert ask(guard, ca.client()).startswith(b"HTTP/1.1 200 ")
 
 

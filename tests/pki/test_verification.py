@@ -12,6 +12,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -88,7 +89,7 @@ CASES: dict[str, tuple[Callable[[], Leaf], str]] = {
     "future": (lambda: ROOT.client(not_before=NOW + DAY, not_after=NOW + 2 * DAY), "verify.not_yet_valid"),
     "no_eku": (lambda: ROOT.client(eku=None), "verify.no_eku"),
     "server": (lambda: ROOT.client(eku=[SERVER]), "verify.purpose"),
-    "any": (lambda: ROOT.client(eku=[x509.ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE]), "verify.purpose"),
+    "any": (lambda: ROOT.client(eku=[ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE]), "verify.purpose"),
     "ca": (lambda: ROOT.client(ca=True), "verify.ca_as_leaf"),
     "no_name": (lambda: ROOT.leaf(cn="admin"), "verify.no_name"),
     "two_uris": (lambda: ROOT.leaf("https://a.example/", "https://b.example/"), "verify.svid_names"),
@@ -115,8 +116,8 @@ CASES: dict[str, tuple[Callable[[], Leaf], str]] = {
 
 
 def _usage() -> x509.KeyUsage:
-    flags = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
-    flags += ("key_cert_sign", "crl_sign", "encipher_only", "decipher_only")
+    flags = ["digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"]
+    flags += ["key_cert_sign", "crl_sign", "encipher_only", "decipher_only"]
     return x509.KeyUsage(**{flag: flag == "key_encipherment" for flag in flags})
 
 

@@ -10,8 +10,9 @@ OpenSSL judges the path while the handshake runs. Where a refusal can be answere
 handshake is finished all the same and the refusal comes out with a channel to say it on; where it cannot
 (TCP), the handshake itself fails, with OpenSSL's alert. Either way `pki.verify` alone makes the peer.
 
-TLS 1.3 only unless told otherwise; no tickets, no session cache, no early data: a resumed session would
-skip revocation, expiry and policy (CVE-2025-23419 and its kin).
+TLS 1.3 only unless told otherwise; no resumption, no early data: a resumed session would skip revocation,
+expiry and policy (CVE-2025-23419 and its kin). OpenSSL still sends two tickets after a TLS 1.3 handshake, for
+pyOpenSSL has no way to ask for none; with OP_NO_TICKET and no session cache they stand for nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ class ServerSettings:
 
     answer_refusals: bool = True
     offer_authorities: bool = True
-    alpn: tuple[bytes, ...] = ()
     allow_tls12: bool = False
 
 
@@ -67,9 +67,9 @@ class Channel:
 
     def __init__(self, connection: SSL.Connection) -> None:
         self._connection = connection  # owns what the others point to
-        self._ssl = connection._ssl  # type: ignore[attr-defined]  # see above
-        self._in = connection._into_ssl  # type: ignore[attr-defined]  # see above
-        self._out = connection._from_ssl  # type: ignore[attr-defined]  # see above
+        self._ssl = connection._ssl
+        self._in = connection._into_ssl
+        self._out = connection._from_ssl
         self.at_eof = False
 
     def feed(self, records: bytes) -> None:
@@ -85,6 +85,7 @@ class Channel:
         if self.at_eof:
             return b""
         size = 0
+        _lib.ERR_clear_error()  # SSL_get_error reads the thread's queue, whoever left something in it
         while size < _BUFFER_SIZE:  # each call gives one record's bytes at most
             got = _lib.SSL_read(self._ssl, _buffer + size, _BUFFER_SIZE - size)
             if got <= 0:
@@ -100,6 +101,7 @@ class Channel:
 
     def write(self, plain: bytes) -> None:
         """Encrypt; `take` has the records. Raises TlsBroken."""
+        _lib.ERR_clear_error()
         if plain and (put := _lib.SSL_write(self._ssl, plain, len(plain))) != len(plain):
             raise TlsBroken(self._failure(put))
 
@@ -116,7 +118,7 @@ class Channel:
 
     def _failure(self, result: int) -> Failure:
         try:
-            self._connection._raise_ssl_error(self._ssl, result)  # type: ignore[attr-defined]  # see above
+            self._connection._raise_ssl_error(self._ssl, result)
         except SSL.Error as error:
             return handshake_failure(error)
         return Failure(Reason.TLS_HANDSHAKE, {"detail": "no reason given"})
@@ -143,7 +145,6 @@ class Facts:
     version: str
     cipher: str
     group: str
-    alpn: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +212,7 @@ class ServerHandshake:
 
     def take(self) -> bytes:
         """Return the records that wait to be sent."""
-        return _take(self._connection._from_ssl)  # type: ignore[attr-defined]  # see above
+        return _take(self._connection._from_ssl)
 
     def on_certificate(self, certificate: X509, error: int, depth: int) -> bool:
         """OpenSSL looked at a certificate of the path. Note the first fault; say whether it may go on."""
@@ -227,7 +228,6 @@ class ServerHandshake:
             version=connection.get_protocol_version_name(),
             cipher=connection.get_cipher_name() or "",
             group=connection.get_group_name() or "",
-            alpn=connection.get_alpn_proto_negotiated(),
         )
         presented = self._presented()
         try:
@@ -281,8 +281,6 @@ def _context(credential: Credential, terms: Terms, settings: ServerSettings) -> 
     context.set_verify_depth(MAX_CHAIN)
     mode = SSL.VERIFY_PEER | (0 if settings.answer_refusals else SSL.VERIFY_FAIL_IF_NO_PEER_CERT)
     context.set_verify(mode, _on_certificate)
-    if settings.alpn:
-        context.set_alpn_select_callback(_alpn_chooser(settings.alpn))
     return context
 
 
@@ -290,13 +288,6 @@ def _on_certificate(connection: SSL.Connection, certificate: X509, error: int, d
     """Called for each certificate of a path. An exception here fails the handshake (since pyOpenSSL 26.0)."""
     handshake = connection.get_app_data()
     return isinstance(handshake, ServerHandshake) and handshake.on_certificate(certificate, 0 if ok else error, depth)
-
-
-def _alpn_chooser(ours: tuple[bytes, ...]) -> Callable[[SSL.Connection, list[bytes]], Any]:
-    def choose(_connection: SSL.Connection, theirs: list[bytes]) -> Any:
-        return next((protocol for protocol in ours if protocol in theirs), SSL.NO_OVERLAPPING_PROTOCOLS)
-
-    return choose
 
 
 def _take(bio: Any) -> bytes:
@@ -322,7 +313,7 @@ def _prove(context: ServerContext) -> None:
             pass
         except SSL.Error:
             break
-        outcome = server.feed(_take(client._from_ssl))  # type: ignore[attr-defined]  # see above
+        outcome = server.feed(_take(client._from_ssl))
         if outcome is not None:
             if isinstance(outcome, Refused) and outcome.failures[0].reason is Reason.VERIFY_NO_CERTIFICATE:
                 return
