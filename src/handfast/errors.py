@@ -137,7 +137,6 @@ class Reason(Enum):
         "{cert} is not self-signed, and the certificates up to its root were not given ({detail})",
         "give the authorities above it in one PEM file: --chain F",
     )
-    INPUT_REASON = _input("reason", "{value!r} is no reason to revoke", "reasons are: {allowed}")
 
     # What a chain proves, or does not.
     VERIFY_NO_CERTIFICATE = _verify(

@@ -12,7 +12,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,7 +29,7 @@ from handfast.pki.issuing import (
     make_serial,
     sign,
 )
-from handfast.pki.keys import KeyType, PrivateKey, key_id, parse_private_key
+from handfast.pki.keys import KeyType, PrivateKey, encode_private_key, key_id
 from handfast.pki.names import Kind, Name, parse_name
 from handfast.pki.profiles import BACKDATE, PROFILES
 
@@ -349,18 +349,18 @@ def test_weak_and_unwanted_keys_are_refused() -> None:
 
 def test_an_authority_of_openssl_can_issue(tmp_path: Path) -> None:
     """An RSA authority as `openssl req -x509` makes it, without key usage, issues what openssl accepts."""
-    command = ["openssl", "req", "-new", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key", "-out", "ca"]
+    (tmp_path / "key").write_bytes(encode_private_key(RSA_KEY))
+    command = ["openssl", "req", "-new", "-x509", "-key", "key", "-out", "ca"]
     subprocess.run([*command, "-subj", "/O=Acme/CN=CA", "-days", "9"], cwd=tmp_path, capture_output=True, check=True)
     certificate = parse_certificates((tmp_path / "ca").read_bytes(), "ca")[0]
     with pytest.raises(x509.ExtensionNotFound):
         certificate.extensions.get_extension_for_class(x509.KeyUsage)
     now = certificate.not_valid_before_utc + timedelta(minutes=5)
-    issuer = Issuer(certificate, parse_private_key((tmp_path / "key").read_bytes(), "key"), ())
+    issuer = Issuer(certificate, RSA_KEY, ())
     leaf = issue(order("peer", "spiffe://td/web"), issuer, now=now)
     (tmp_path / "leaf").write_bytes(encode_chain([leaf]))
-    shown = subprocess.run(
-        ["openssl", "verify", "-CAfile", "ca", "leaf"], cwd=tmp_path, capture_output=True, check=True
-    )
+    command = ["openssl", "verify", "-attime", str(int(now.timestamp())), "-CAfile", "ca", "leaf"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
     assert shown.stdout == b"leaf: OK\n"
 
 
@@ -375,6 +375,14 @@ def test_an_issuer_without_key_identifier_is_pointed_at_by_its_key() -> None:
         assert found.key_identifier == expected
 
 
+def unreadable_key() -> Issuer:
+    """A sound authority whose key is a point off its curve."""
+    good = foreign()
+    point = ISSUER_KEY.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+    data = good.certificate.public_bytes(Encoding.DER).replace(point, point[:-1] + bytes([point[-1] ^ 1]))
+    return replace(good, certificate=x509.load_der_x509_certificate(data))
+
+
 @pytest.mark.parametrize(
     ("issuer", "detail"),
     [
@@ -383,6 +391,7 @@ def test_an_issuer_without_key_identifier_is_pointed_at_by_its_key() -> None:
         (foreign(key_usage(sign_certificates=False)), "key usage"),
         (foreign(subject=None), "no subject"),
         (replace(foreign(), key=LEAF_KEY), "not its own"),
+        (unreadable_key(), "cannot be read"),
         (foreign(x509.UnrecognizedExtension(x509.ObjectIdentifier("2.5.29.17"), b"\x30\x05")), "cannot be read"),
     ],
 )

@@ -63,8 +63,7 @@ class Tunnel:
             self._dialling.cancel()
         if self._upstream is not None:
             self._upstream.drop(cut=not self._channel.at_eof)
-        took = round((self._connection.moment() - self._connection.opened) * 1000, 1)
-        self._connection.event("closed", {"bytes_in": self._in, "bytes_out": self._out, "ms": took})
+        self._log_end()
 
     def expired(self) -> None:
         """A tunnel has no deadline of its own."""
@@ -130,6 +129,10 @@ class Tunnel:
         if records := self._channel.take():  # answers of TLS itself, as to a KeyUpdate
             self._connection.transport.write(records)
 
+    def _log_end(self) -> None:
+        took = round((self._connection.moment() - self._connection.opened) * 1000, 1)
+        self._connection.event("closed", {"bytes_in": self._in, "bytes_out": self._out, "ms": took})
+
     def _close(self) -> None:
         if self._upstream is not None:
             self._upstream.close()
@@ -139,6 +142,7 @@ class Tunnel:
             self._connection.transport.write(records)
         if not self._connection.transport.is_closing():
             self._connection.transport.resume_reading()
+            self._log_end()
             self._connection.linger()
 
 

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtensionOID, NameOID
@@ -20,7 +23,14 @@ from handfast.pki.names import Kind, Name, parse_san, printable
 _PEM = re.compile(
     rb"-----BEGIN (?:TRUSTED |X509 )?CERTIFICATE-----.+?-----END (?:TRUSTED |X509 )?CERTIFICATE-----", re.S
 )
+_NO_NAMES = b"\x30\x00"  # an empty sequence
 _SAN = ExtensionOID.SUBJECT_ALTERNATIVE_NAME.dotted_string
+
+# What `cryptography` raises, from one accessor or another, for a certificate with something odd in it.
+UNREADABLE = (
+    *(ValueError, TypeError, UnsupportedAlgorithm),
+    *(x509.UnsupportedGeneralNameType, x509.DuplicateExtension, x509.InvalidVersion),
+)
 
 # String types of a subject that can spell one text in several ways (X.520; RFC 5280 4.1.2.4 has retired them).
 _RETIRED_STRINGS = {0x14: "TeletexString", 0x1C: "UniversalString", 0x1E: "BMPString"}
@@ -41,7 +51,7 @@ def parse_certificates(data: bytes, what: str) -> tuple[x509.Certificate, ...]:
                 raise _not_certificate(what, "it was cut short")
             return tuple(x509.load_pem_x509_certificate(block) for block in blocks)
         return (x509.load_der_x509_certificate(data),)
-    except ValueError as error:
+    except UNREADABLE as error:
         raise _not_certificate(what, str(error).split("\n")[0][:100]) from None
 
 
@@ -55,30 +65,17 @@ def certificate_names(certificate: x509.Certificate) -> tuple[Name, ...]:
 
     Raises InvalidInput (VERIFY_MALFORMED) where the extension's DER does not parse.
     """
-    try:
-        extension = certificate.extensions.get_extension_for_oid(ExtensionOID.SUBJECT_ALTERNATIVE_NAME)
-        assert isinstance(extension.value, x509.SubjectAlternativeName)
-        value = extension.value.public_bytes()
-    except x509.ExtensionNotFound:
-        return ()
-    except (ValueError, x509.UnsupportedGeneralNameType, x509.DuplicateExtension):
-        # `cryptography` cannot read one of the extensions; the names may still be readable.
-        _, extensions = der.certificate_parts(certificate.public_bytes(Encoding.DER))
-        if _SAN not in extensions:
-            return ()
-        value = extensions[_SAN][1]
-    return parse_san(value)
+    return _carried(certificate).names
 
 
 def common_names(certificate: x509.Certificate) -> tuple[Name, ...]:
     """Return the subject's common names; one with control bytes or a retired string type is FORBIDDEN."""
-    return tuple(name for oid, name in _subject(certificate) if oid == NameOID.COMMON_NAME.dotted_string)
+    return _carried(certificate).common_names
 
 
 def forbidden_names(certificate: x509.Certificate) -> tuple[Name, ...]:
     """Return what no certificate may carry, among its alternative names and all parts of its subject."""
-    found = [name for name in certificate_names(certificate) if name.kind is Kind.FORBIDDEN]
-    return tuple(found + [name for _, name in _subject(certificate) if name.kind is Kind.FORBIDDEN])
+    return _carried(certificate).forbidden
 
 
 def label(certificate: x509.Certificate) -> str:
@@ -104,6 +101,7 @@ def fingerprint(certificate: x509.Certificate) -> str:
     return certificate.fingerprint(hashes.SHA256()).hex()
 
 
+@lru_cache(512)
 def is_authority(certificate: x509.Certificate) -> bool:
     """Whether basicConstraints says cA (RFC 5280 4.2.1.9), or it is a self-signed X.509 v1 certificate.
 
@@ -113,12 +111,48 @@ def is_authority(certificate: x509.Certificate) -> bool:
         return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     except x509.ExtensionNotFound:
         return certificate.version is x509.Version.v1 and certificate.issuer == certificate.subject
-    except (ValueError, x509.UnsupportedGeneralNameType, x509.DuplicateExtension):
+    except UNREADABLE:
         return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Carried:
+    """All that a certificate says its holder is called."""
+
+    names: tuple[Name, ...]
+    common_names: tuple[Name, ...]
+    forbidden: tuple[Name, ...]
+
+
+@lru_cache(512)  # a peer that calls again shows the same certificate; reading it anew takes longer than verifying it
+def _carried(certificate: x509.Certificate) -> _Carried:
+    names, subject = parse_san(_san(certificate)), _subject(certificate)
+    return _Carried(
+        names,
+        tuple(name for oid, name in subject if oid == NameOID.COMMON_NAME.dotted_string),
+        tuple(name for name in (*names, *(part for _, part in subject)) if name.kind is Kind.FORBIDDEN),
+    )
+
+
+def _san(certificate: x509.Certificate) -> bytes:
+    try:
+        extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        return extension.value.public_bytes()
+    except x509.ExtensionNotFound:
+        return _NO_NAMES
+    except UNREADABLE:
+        # `cryptography` cannot read one of the extensions; the names may still be readable.
+        _, extensions = der.certificate_parts(certificate.public_bytes(Encoding.DER))
+        return extensions[_SAN][1] if _SAN in extensions else _NO_NAMES
 
 
 def _subject(certificate: x509.Certificate) -> list[tuple[str, Name]]:
     """(attribute OID, its text as a name of kind CN or FORBIDDEN) for each part of the subject."""
+    try:
+        if not certificate.subject:
+            return []
+    except ValueError:
+        pass  # text that is not what its type says: read below, as FORBIDDEN
     rdns, _ = der.certificate_parts(certificate.public_bytes(Encoding.DER))
     parts: list[tuple[str, Name]] = []
     for _, rdn in der.read_all(rdns):

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from functools import lru_cache
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, mldsa, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import verification as judge
@@ -22,6 +23,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
 from handfast.errors import Failure, InvalidInput, Reason, VerificationFailed
 from handfast.pki.certificates import (
+    UNREADABLE,
     certificate_names,
     common_names,
     fingerprint,
@@ -160,7 +162,7 @@ def verify(
             path, failures = _diagnose(chain, terms, now)
             failures += [failure for failure in _rules(path, terms, now) if failure not in failures]
             failures = failures or [Failure(Reason.VERIFY_JUDGE, {"detail": judgement.detail})]
-    except (InvalidInput, ValueError, TypeError, x509.UnsupportedGeneralNameType, UnsupportedAlgorithm) as error:
+    except (InvalidInput, *UNREADABLE) as error:
         detail = error.facts.get("detail", "") if isinstance(error, InvalidInput) else str(error)
         failures = [Failure(Reason.VERIFY_MALFORMED, {"detail": str(detail)[:200]})]
     raise VerificationFailed(tuple(failures))
@@ -243,11 +245,7 @@ def _revoked(path: Sequence[x509.Certificate], terms: Terms, now: datetime) -> l
 
 def _floor(certificate: x509.Certificate, *, signed: bool) -> list[Failure]:
     failures = []
-    try:
-        weak = _weak(certificate.public_key())
-    except (ValueError, UnsupportedAlgorithm) as error:
-        weak = str(error)[:100]
-    if weak:
+    if weak := _weakness(certificate):
         failures.append(Failure(Reason.VERIFY_WEAK_KEY, {"subject": label(certificate), "detail": weak}))
     if signed:
         algorithm = certificate.signature_hash_algorithm
@@ -255,6 +253,14 @@ def _floor(certificate: x509.Certificate, *, signed: bool) -> list[Failure]:
             facts = {"subject": label(certificate), "hash": algorithm.name.upper()}
             failures.append(Failure(Reason.VERIFY_WEAK_HASH, facts))
     return failures
+
+
+@lru_cache(512)
+def _weakness(certificate: x509.Certificate) -> str:
+    try:
+        return _weak(certificate.public_key())
+    except UNREADABLE as error:
+        return str(error)[:100] or "it cannot be read"
 
 
 def _weak(key: object) -> str:
@@ -381,7 +387,7 @@ def _find_issuer(
 def _signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     try:
         certificate.verify_directly_issued_by(issuer)
-    except (InvalidSignature, ValueError, TypeError, UnsupportedAlgorithm):
+    except (InvalidSignature, *UNREADABLE):
         return False
     return True
 
