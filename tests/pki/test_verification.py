@@ -93,6 +93,8 @@ CASES: dict[str, tuple[Callable[[], Leaf], str]] = {
     "ca": (lambda: ROOT.client(ca=True), "verify.ca_as_leaf"),
     "no_name": (lambda: ROOT.leaf(cn="admin"), "verify.no_name"),
     "two_uris": (lambda: ROOT.leaf("https://a.example/", "https://b.example/"), "verify.svid_names"),
+    "bare_spiffe": (lambda: ROOT.client("spiffe://test"), "verify.forbidden_name"),
+    "cert_sign": (lambda: ROOT.client(key_usage=False, extra=[(_usage("key_cert_sign"), True)]), "verify.ca_as_leaf"),
     "control": (lambda: ROOT.client(cn="a\x7fb"), "verify.forbidden_name"),
     "weak_key": (lambda: ROOT.client(key=rsa.generate_private_key(65537, 1024)), "verify.weak_key"),
     "curve": (lambda: ROOT.client(key=ec.generate_private_key(ec.SECP256K1())), "verify.weak_key"),
@@ -115,10 +117,10 @@ CASES: dict[str, tuple[Callable[[], Leaf], str]] = {
 }
 
 
-def _usage() -> x509.KeyUsage:
+def _usage(only: str = "key_encipherment") -> x509.KeyUsage:
     flags = ["digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"]
     flags += ["key_cert_sign", "crl_sign", "encipher_only", "decipher_only"]
-    return x509.KeyUsage(**{flag: flag == "key_encipherment" for flag in flags})
+    return x509.KeyUsage(**{flag: flag == only for flag in flags})
 
 
 def _unknown() -> x509.UnrecognizedExtension:

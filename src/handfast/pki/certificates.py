@@ -82,11 +82,11 @@ def label(certificate: x509.Certificate) -> str:
     """How messages call it: its first name, else its common name, else its serial. Always printable."""
     try:
         names = [*certificate_names(certificate), *common_names(certificate)]
-    except InvalidInput:
-        names = []
+        subject = "" if names else certificate.subject.rfc4514_string()
+    except (InvalidInput, *UNREADABLE):
+        names, subject = [], ""
     if names:
         return str(names[0])
-    subject = certificate.subject.rfc4514_string() if certificate.subject else ""
     return subject if subject and printable(subject) else f"serial {serial_text(certificate.serial_number)}"
 
 
@@ -151,7 +151,7 @@ def _subject(certificate: x509.Certificate) -> list[tuple[str, Name]]:
     try:
         if not certificate.subject:
             return []
-    except ValueError:
+    except UNREADABLE:
         pass  # text that is not what its type says: read below, as FORBIDDEN
     rdns, _ = der.certificate_parts(certificate.public_bytes(Encoding.DER))
     parts: list[tuple[str, Name]] = []

@@ -15,6 +15,8 @@ OBJECT_IDENTIFIER = 0x06
 BOOLEAN = 0x01
 OCTET_STRING = 0x04
 
+_LONGEST_OID = 128  # octets; real ones have under 20, and large numbers are slow to write in decimal
+
 
 def read_one(data: bytes) -> tuple[int, bytes]:
     """Return (tag, contents) of the one value that `data` holds, with nothing behind it.
@@ -44,8 +46,7 @@ def certificate_parts(certificate_der: bytes) -> tuple[bytes, dict[str, tuple[bo
     The extensions are OID in dots -> (critical, the DER inside extnValue). Raises InvalidInput.
     """
     _, certificate = read_one(certificate_der)
-    _, tbs = next(read_all(certificate))
-    fields = list(read_all(tbs))
+    fields = [field for _, tbs in list(read_all(certificate))[:1] for field in read_all(tbs)]
     if fields and fields[0][0] == 0xA0:  # version [0], absent in X.509 v1
         del fields[0]
     if len(fields) < 6:
@@ -57,20 +58,28 @@ def certificate_parts(certificate_der: bytes) -> tuple[bytes, dict[str, tuple[bo
                 parts = list(read_all(extension))
                 if len(parts) not in (2, 3) or parts[0][0] != OBJECT_IDENTIFIER or parts[-1][0] != OCTET_STRING:
                     raise _malformed("an extension is malformed")
-                extensions[dotted(parts[0][1])] = (len(parts) == 3 and parts[1][1] != b"\x00", parts[-1][1])
+                oid = dotted(parts[0][1])
+                if oid in extensions:  # RFC 5280 4.2; readers would differ on which one counts
+                    raise _malformed(f"the extension {oid} is there twice")
+                extensions[oid] = (len(parts) == 3 and parts[1][1] != b"\x00", parts[-1][1])
     return fields[4][1], extensions
 
 
 def dotted(oid: bytes) -> str:
-    """Return an OBJECT IDENTIFIER's contents in dots (X.690 8.19)."""
-    arcs, value = [], 0
+    """Return an OBJECT IDENTIFIER's contents in dots (X.690 8.19). Raises InvalidInput (VERIFY_MALFORMED)."""
+    if len(oid) > _LONGEST_OID:
+        raise _malformed("an object identifier that is too long")
+    arcs, value, begun = [], 0, False
     for octet in oid:
+        if octet == 0x80 and not begun:
+            raise _malformed("an object identifier with padding")
         value = value << 7 | octet & 0x7F
         if not octet & 0x80:
             arcs.append(value)
             value = 0
-    if not arcs:
-        raise _malformed("an empty object identifier")
+        begun = bool(octet & 0x80)
+    if begun or not arcs:
+        raise _malformed("an object identifier that is empty or cut off")
     first = min(arcs[0] // 40, 2)
     return ".".join(str(arc) for arc in (first, arcs[0] - 40 * first, *arcs[1:]))
 
@@ -87,6 +96,8 @@ def _read(data: bytes, at: int) -> tuple[int, bytes, int]:
         if not 1 <= octets <= 4 or at + octets > len(data):
             raise _malformed("a length that is indefinite or too long")
         length = int.from_bytes(data[at : at + octets], "big")
+        if length < 0x80 or data[at] == 0:  # X.690 10.1: in the fewest octets
+            raise _malformed("a length in more octets than it needs")
         at += octets
     if at + length > len(data):
         raise _malformed("it ends too early")

@@ -40,7 +40,15 @@ Facts = dict[str, object]
 _PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----.+?-----END \1-----", re.S)
 _MOST_OBJECTS = 1000  # of one file that are shown
 _APPLE_LIMIT = timedelta(days=825)  # support.apple.com/en-us/103769: also for authorities of one's own
-_UNREADABLE = (InvalidInput, ValueError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
+_UNREADABLE = (
+    InvalidInput,
+    ValueError,
+    TypeError,  # a subject of odd string types
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 
 _PURPOSES = {
     ExtendedKeyUsageOID.SERVER_AUTH: "server",

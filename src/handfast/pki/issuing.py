@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -235,15 +236,15 @@ def _check_issuer(issuer: Issuer, order: Order, names: Sequence[Name], subject: 
         refused = next(
             (name for above in (certificate, *issuer.chain) for name in forbidden_by(above, names, subject)), None
         )
-    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
-        raise _not_a_ca(certificate, "its extensions cannot be read") from None
+        public, has_subject = certificate.public_key(), bool(certificate.subject)
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        raise _not_a_ca(certificate, "its extensions, subject or key cannot be read") from None
     if not is_authority(certificate):
         raise _not_a_ca(certificate, "its basic constraints do not say so")
     if facts.key_usage is not None and not facts.key_usage.key_cert_sign:
         raise _not_a_ca(certificate, "its key usage does not allow signing certificates")
-    if not certificate.subject:
+    if not has_subject:
         raise _not_a_ca(certificate, "it has no subject to be named by")
-    public = certificate.public_key()
     if not isinstance(public, PublicKey) or not same_key(public, issuer.key.public_key()):
         raise _not_a_ca(certificate, "the key that is to sign is not its own")
     if order.profile.ca and facts.path_length is not None and facts.path_length <= (order.profile.path_length or 0):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -109,10 +110,8 @@ def parse_name(text: str, trust_domain: str | None = None) -> Name:
     prefix, colon, rest = text.partition(":")
     if colon and prefix in ("dns", "ip", "uri", "email", "cn"):
         return _parse_kind(Kind(prefix), rest, text)
-    try:
-        return Name(Kind.IP, str(ipaddress.ip_address(text)))
-    except ValueError:
-        pass
+    with suppress(ValueError):
+        return _parse_ip(text)
     if "@" in text:
         return _parse_kind(Kind.EMAIL, text, text)
     if text.lower() == "localhost" or ("." in text and "/" not in text):
@@ -244,6 +243,7 @@ def _parse_glob(text: str, trust_domain: str | None) -> Pattern:
             local, _, domain = body.rpartition("@")
             if not local or "@" in local or "**" in body:
                 raise _bad_pattern(text, "an email pattern is LOCAL@DOMAIN, with * inside either")
+            _check_sample(text, lambda sample: _parse_kind(kind, sample, sample), body)
             mailbox = _glob(text, local, "[^@]", "@", last=True)
             host = _glob(text, domain.lower(), _LABEL_CHARACTER, ".", last=False)
             return Pattern(f"email:{body}", None, kind, re.compile(f"{mailbox}@{host}"))
@@ -265,8 +265,20 @@ def _glob(text: str, body: str, inside: str, separator: str, *, last: bool) -> s
         elif segment == "*":
             made.append(f"{inside}+")
         else:
-            made.append(f"{inside}*".join(re.escape(part) for part in segment.split("*")))
+            made.append(_segment_glob(segment, inside))
     return re.escape(separator).join(made)
+
+
+def _segment_glob(segment: str, inside: str) -> str:
+    """One segment's glob. Each part but the last is taken where it comes first and never looked for again.
+
+    That is all a glob needs, and the atomic groups keep it linear, whatever the pattern and the name.
+    """
+    first, *rest = (re.escape(part) for part in segment.split("*"))
+    if not rest:
+        return first
+    middle = "".join(f"(?>{inside}*?{part})" for part in rest[:-1] if part)
+    return f"{first}{middle}{inside}*{rest[-1]}"
 
 
 def _check_sample(text: str, parse: Callable[[str], Name], body: str) -> None:
@@ -283,12 +295,12 @@ def _parse_kind(kind: Kind, value: str, text: str) -> Name:
             return parse_dns(value)
         case Kind.IP:
             try:
-                return Name(kind, str(ipaddress.ip_address(value)))
+                return _parse_ip(value)
             except ValueError:
                 raise _bad_name(text, "not an IP address") from None
         case Kind.EMAIL:
             local, _, domain = value.rpartition("@")
-            if not _MAILBOX.fullmatch(local):
+            if not _MAILBOX.fullmatch(local) or domain.startswith("*"):
                 raise _bad_name(text, "not LOCAL@DOMAIN")
             return Name(kind, f"{local}@{parse_dns(domain).value}")
         case Kind.URI:
@@ -301,6 +313,14 @@ def _parse_kind(kind: Kind, value: str, text: str) -> Name:
             if not value or not printable(value):
                 raise _bad_name(text, "empty or not printable")
             return Name(kind, value)
+
+
+def _parse_ip(text: str) -> Name:
+    """ValueError for what is no address, and for one with a zone, which means something on one host only."""
+    address = ipaddress.ip_address(text)
+    if isinstance(address, ipaddress.IPv6Address) and address.scope_id is not None:
+        raise ValueError("an address with a zone")
+    return Name(Kind.IP, str(address))
 
 
 def _general_name(tag: int, entry: bytes) -> Name:

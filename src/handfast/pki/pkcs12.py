@@ -46,7 +46,8 @@ def parse_p12(data: bytes, what: str, password: bytes | None) -> tuple[PrivateKe
     """
     try:
         found = pkcs12.load_pkcs12(data, password)
-    except (ValueError, TypeError, UnsupportedAlgorithm, Warning):  # Warning: a key so old that the library warns
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion, Warning):
+        # A Warning, where those are errors, is of a key so old that the library will drop it.
         raise InvalidInput(Reason.INPUT_NOT_P12, what=what) from None
     if not isinstance(found.key, PrivateKey | None):
         raise InvalidInput(Reason.INPUT_NOT_P12, what=what)

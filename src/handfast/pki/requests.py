@@ -35,7 +35,7 @@ def parse_csr(data: bytes, what: str) -> Request:
     _check_signature(csr)
     try:
         return Request(key, requested_names(csr), _common_name(csr.subject))
-    except (InvalidInput, ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+    except (InvalidInput, ValueError, TypeError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
         detail = error.facts.get("detail", "") if isinstance(error, InvalidInput) else str(error)
         raise _not_csr(what, f"what it asks for cannot be read: {detail}"[:150]) from None
 
@@ -45,7 +45,7 @@ def load_csr(data: bytes, what: str) -> x509.CertificateSigningRequest:
     load = x509.load_pem_x509_csr if b"-----BEGIN" in data else x509.load_der_x509_csr
     try:
         return load(data)
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise _not_csr(what, str(error).split("\n")[0][:100]) from None
 
 

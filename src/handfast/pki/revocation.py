@@ -52,7 +52,7 @@ def parse_crls(data: bytes, what: str) -> tuple[x509.CertificateRevocationList, 
         if not blocks or data.count(b"-----BEGIN X509 CRL-----") > len(blocks):
             raise ValueError("it was cut short" if b"BEGIN X509 CRL" in data else "it is PEM of another kind")
         return tuple(_readable(x509.load_pem_x509_crl(block)) for block in blocks)
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         detail = str(error).split("\n")[0][:100]
         raise InvalidInput(Reason.INPUT_NOT_CRL, what=what, detail=detail) from None
 
@@ -92,7 +92,9 @@ class CrlSet:
         except (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
             return _invalid(facts, "the issuer's certificate cannot be read")
         if found is None:
-            return _invalid(facts, "it is not signed with the issuer's key")
+            # A signature of a broken kind does not verify, so that is said first.
+            flaws = [one.flaw for one in self._lists[name] if one.flaw]
+            return _invalid(facts, flaws[0] if flaws else "it is not signed with the issuer's key")
         if not allowed:
             return _invalid(facts, "the issuer's key may not sign revocation lists")
         if found.flaw:

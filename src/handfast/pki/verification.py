@@ -227,9 +227,18 @@ def _rules(path: Sequence[x509.Certificate], terms: Terms, now: datetime) -> lis
         is_anchor = at == len(path) - 1 and at > 0
         failures += _floor(certificate, signed=not is_anchor)
     leaf = path[0]
-    if is_authority(leaf) and leaf.version is x509.Version.v3:
+    if _is_for_signing(leaf):
         failures.append(Failure(Reason.VERIFY_CA_AS_LEAF, {"subject": label(leaf)}))
     return failures + _usage(leaf, terms) + _names(leaf, terms)
+
+
+def _is_for_signing(leaf: x509.Certificate) -> bool:
+    """X509-SVID 4.1, 4.3: a leaf has neither cA nor keyCertSign nor cRLSign."""
+    try:
+        usage = leaf.extensions.get_extension_for_class(x509.KeyUsage).value
+    except x509.ExtensionNotFound:
+        return is_authority(leaf) and leaf.version is x509.Version.v3
+    return is_authority(leaf) or usage.key_cert_sign or usage.crl_sign
 
 
 def _revoked(path: Sequence[x509.Certificate], terms: Terms, now: datetime) -> list[Failure]:
@@ -303,6 +312,11 @@ def _names(leaf: x509.Certificate, terms: Terms) -> list[Failure]:
     failures = [
         Failure(Reason.VERIFY_FORBIDDEN_NAME, {"subject": subject, "name": name.value})
         for name in forbidden_names(leaf)
+    ]
+    failures += [  # X509-SVID 2: a leaf's SPIFFE ID has a path; a bare one names the whole trust domain
+        Failure(Reason.VERIFY_FORBIDDEN_NAME, {"subject": subject, "name": name.value})
+        for name in names
+        if name.kind is Kind.SPIFFE and "/" not in name.value[9:]
     ]
     if all(name.kind is Kind.OPAQUE for name in names) and not (terms.legacy and cns):
         failures.append(Failure(Reason.VERIFY_NO_NAME, {"subject": subject}))
