@@ -19,6 +19,34 @@ from handfast.errors import Failure, Reason
 MAX_PENDING = 16 << 20  # bytes that may wait for a slow reader of the log before it counts as broken
 
 
+_encode = msgspec.json.Encoder().encode  # instants as RFC 3339 has them
+
+
+class RequestEvent(msgspec.Struct, omit_defaults=True):
+    """One request that was forwarded, as the log says it. A struct, since there is one for every request."""
+
+    event: str
+    time: datetime
+    id: str
+    address: str
+    peer: str | None
+    request: str
+    decision: str
+    rule: str | None
+    status: int | None
+    method: str
+    host: str
+    path: str  # never the query, which may hold secrets
+    reason: str
+    ms: float
+    app_ms: float | None
+    bytes_in: int
+    bytes_out: int
+    detail: str | None = None
+    remedy: str | None = None
+    outcome: str | None = None
+
+
 class EventLog:
     """Events to one stream. `emit` only collects; `flush`, a few times a second, hands them to a thread.
 
@@ -29,7 +57,7 @@ class EventLog:
     def __init__(self, stream: BinaryIO, *, pretty: bool) -> None:
         self.broken = False
         self._stream = stream
-        self._render = _pretty if pretty else _json
+        self._pretty = pretty
         self._lines: list[bytes] = []
         self._batches: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._pending = 0  # bytes handed over and not written yet
@@ -38,7 +66,15 @@ class EventLog:
 
     def emit(self, event: str, when: datetime, fields: dict[str, Any]) -> None:
         """Take one event. Values are JSON values; None is left out. Raises nothing; see `broken`."""
-        self._lines.append(self._render(event, when, fields))
+        self._lines.append((_pretty if self._pretty else _json)(event, when, fields))
+
+    def emit_request(self, event: RequestEvent) -> None:
+        """Take the event of a request that was forwarded."""
+        if self._pretty:
+            fields = msgspec.structs.asdict(event)
+            self._lines.append(_pretty(fields.pop("event"), fields.pop("time"), fields))
+        else:
+            self._lines.append(_encode(event) + b"\n")
 
     def flush(self) -> None:
         """Have written what was collected."""
@@ -79,13 +115,8 @@ def refusal_body(reason: Reason, request_id: str) -> bytes:
     return json.dumps({"error": reason.code, "id": request_id}).encode() + b"\n"
 
 
-_encode = msgspec.json.Encoder().encode
-
-
 def _json(event: str, when: datetime, fields: dict[str, Any]) -> bytes:
-    made = {"event": event, "time": when.isoformat(timespec="milliseconds")}
-    made |= {key: value for key, value in fields.items() if value is not None}
-    return _encode(made) + b"\n"
+    return _encode({"event": event, "time": when} | {k: v for k, v in fields.items() if v is not None}) + b"\n"
 
 
 _HIDDEN = frozenset({"authority", "serial", "facts", "version", "cipher", "group"})

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from time import time
 from typing import TYPE_CHECKING
 
 from handfast.errors import Failure, Reason, RemoteProtocolError
-from handfast.guard.events import refusal_body, told
+from handfast.guard.events import RequestEvent, refusal_body, told
 from handfast.guard.upstream import Upstream, dial
 from handfast.pki.verification import VerifiedPeer
 from handfast.policy import Decision, Policy, Request, Rule, decide_by, rules_about
@@ -71,21 +72,34 @@ class HttpSession:
     """A connection that may carry requests: it cannot be made without a VerifiedPeer."""
 
     __slots__ = (
-        *("_buffer", "_channel", "_connection", "_count", "_dialling", "_exchange", "_facts", "_finishing"),
-        *("_full", "_headers", "_policy", "_reading", "_rules", "_upstream", "peer"),
+        *("_buffer", "_channel", "_connection", "_count", "_dialling", "_exchange", "_finishing"),
+        *(
+            "_full",
+            "_headers",
+            "_policy",
+            "_reading",
+            "_rules",
+            "_server_name",
+            "_trusted_until",
+            "_unread",
+            "_upstream",
+            "peer",
+        ),
     )
 
     def __init__(self, connection: Connection, peer: VerifiedPeer, channel: Channel, facts: Facts) -> None:
         self.peer = peer
         self._connection = connection
         self._channel = channel
-        self._facts = facts
+        self._server_name = normal_host(facts.server_name) or b"" if facts.server_name else None
+        self._trusted_until = peer.not_after.timestamp()
         self._buffer = b""  # plain bytes that no exchange has taken yet
         self._exchange: Exchange | None = None
         self._upstream: Upstream | None = None
         self._dialling: asyncio.Task[None] | None = None
         self._full = False  # the way to the app is full
         self._reading = True
+        self._unread = True  # whether the channel may hold plain bytes that were not read yet
         self._finishing = False
         self._count = 0
         self._policy: Policy | None = None
@@ -107,6 +121,7 @@ class HttpSession:
     def received(self, data: bytes) -> None:
         """Records from the client."""
         self._channel.feed(data)
+        self._unread = True
         self._pump()
 
     def ended(self) -> None:
@@ -142,7 +157,7 @@ class HttpSession:
         elif exchange.response is None:
             self._fail(Failure(Reason.HTTP_TIMEOUT))
         else:
-            self._log(exchange, **told(Failure(Reason.ENDED_IDLE, {"limit": f"{limits.idle:g}"})))
+            self._log(exchange, Failure(Reason.ENDED_IDLE, {"limit": f"{limits.idle:g}"}))
             self._exchange = None
             self._connection.abort()
 
@@ -154,10 +169,9 @@ class HttpSession:
 
     def _pump(self) -> None:
         """Take plain bytes while there is somewhere to put them."""
-        while self._hungry():
+        while self._unread and self._hungry():
             plain = self._channel.read()
-            if not plain:
-                break
+            self._unread = self._channel.more
             self._buffer += plain
             self._advance()
         self._flush()
@@ -231,12 +245,11 @@ class HttpSession:
 
     def _objection(self, head: RequestHead, policy: Policy) -> Failure | None:
         """What forbids to judge the request at all."""
-        guard, server_name = self._connection.guard, self._facts.server_name
-        if guard.log.broken:
+        if self._connection.guard.log.broken:
             return Failure(Reason.GUARD_LOG_FAILED)
-        if self.peer.not_after <= guard.now:
+        if time() >= self._trusted_until:
             return Failure(Reason.ENDED_EXPIRED)
-        if server_name and normal_host(server_name) != head.host:
+        if self._server_name is not None and self._server_name != head.host:
             return Failure(Reason.HTTP_MISDIRECTED)
         if policy.judges_paths and ambiguous_path(head.path):
             return Failure(Reason.HTTP_AMBIGUOUS_PATH)
@@ -455,7 +468,7 @@ class HttpSession:
             self._answer(failure, exchange.head, close=True, exchange=exchange)
             self._close()
         else:
-            self._log(exchange, **told(failure))
+            self._log(exchange, failure)
             self._connection.abort()
 
     def _refuse(self, failure: Failure, head: RequestHead | None = None) -> None:
@@ -509,26 +522,33 @@ class HttpSession:
             self._upstream.drop(cut=cut)
             self._upstream = None
 
-    def _log(self, exchange: Exchange, **fields: object) -> None:
+    def _log(self, exchange: Exchange, failure: Failure | None = None, outcome: str | None = None) -> None:
         connection, head, decision = self._connection, exchange.head, exchange.decision
-        took = connection.moment() - exchange.began
-        event: dict[str, object] = {
-            "request": exchange.id,
-            "decision": decision.effect,
-            "rule": None if decision.rule is None else decision.rule.text,
-            "status": None if exchange.response is None else exchange.response.status,
-            "method": head.method.decode("ascii", "replace"),
-            "host": head.host.decode("ascii", "replace"),
-            "path": head.path[:512].decode("ascii", "replace"),  # never the query, which may hold secrets
-            "reason": decision.reason.code,
-            "ms": round(took * 1000, 1),
-            "app_ms": round((exchange.first_byte - exchange.began) * 1000, 1) if exchange.first_byte else None,
-            "bytes_in": exchange.bytes_in,
-            "bytes_out": exchange.bytes_out,
-        }
-        if fields:
-            event |= fields
-        connection.event("request", event)
+        guard, took = connection.guard, connection.moment() - exchange.began
+        guard.log.emit_request(
+            RequestEvent(
+                event="request",
+                time=guard.now,
+                id=connection.id,
+                address=connection.address,
+                peer=connection.who,
+                request=exchange.id,
+                decision=decision.effect,
+                rule=None if decision.rule is None else decision.rule.text,
+                status=None if exchange.response is None else exchange.response.status,
+                method=head.method.decode("ascii", "replace"),
+                host=head.host.decode("ascii", "replace"),
+                path=head.path[:512].decode("ascii", "replace"),
+                reason=decision.reason.code if failure is None else failure.reason.code,
+                ms=round(took * 1000, 1),
+                app_ms=round((exchange.first_byte - exchange.began) * 1000, 1) if exchange.first_byte else None,
+                bytes_in=exchange.bytes_in,
+                bytes_out=exchange.bytes_out,
+                detail=None if failure is None else failure.message,
+                remedy=None if failure is None else failure.hint or None,
+                outcome=outcome,
+            )
+        )
 
 
 def _request_fields(head: RequestHead) -> dict[str, str]:

@@ -63,7 +63,7 @@ _buffer = _ffi.new("char[]", _BUFFER_SIZE)  # one event loop, one thread: nothin
 class Channel:
     """The encrypted pipe of a finished handshake: plain bytes on one side, TLS records on the other."""
 
-    __slots__ = ("_connection", "_in", "_out", "_ssl", "at_eof")
+    __slots__ = ("_connection", "_in", "_out", "_ssl", "at_eof", "more")
 
     def __init__(self, connection: SSL.Connection) -> None:
         self._connection = connection  # owns what the others point to
@@ -71,6 +71,7 @@ class Channel:
         self._in = connection._into_ssl
         self._out = connection._from_ssl
         self.at_eof = False
+        self.more = False  # whether the last `read` left plain bytes behind
 
     def feed(self, records: bytes) -> None:
         """Take what the network brought."""
@@ -82,6 +83,7 @@ class Channel:
 
         Raises TlsBroken when records do not decrypt.
         """
+        self.more = False
         if self.at_eof:
             return b""
         size = 0
@@ -97,6 +99,8 @@ class Channel:
                     raise TlsBroken(self._failure(got))
                 break
             size += got
+        else:
+            self.more = True
         return bytes(_ffi.buffer(_buffer, size)) if size else b""
 
     def write(self, plain: bytes) -> None:
