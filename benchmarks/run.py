@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -51,6 +51,16 @@ class Row:
     unit: str
     spread: tuple[float, float]
     ratio: str = ""
+    cpu: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """Something that issues: `run` returns how many, `cpu` the seconds of processor that it has used so far."""
+
+    what: str
+    run: Callable[[], int]
+    cpu: Callable[[], float]
 
 
 def main() -> None:
@@ -186,28 +196,57 @@ def issuing(folder: Path, key_type: KeyType, count: int) -> list[Row]:
         "bench.internal",
         GeneratedPassphrase(),
     )
-    what = f"{key_type}: "
-    contenders: dict[str, Callable[[], int]] = {
-        what + "handfast, in one process, durable": lambda: issue_ours(authority, requests),
-        what + "`openssl ca`, in one process, no fsync": lambda: openssl_batch(folder, requests),
-        what + "`openssl ca`, a process each, no fsync": lambda: openssl_each(folder, requests[: count // 8]),
-        what + "`handfast sign`, a process each, durable": lambda: ours_each(folder, requests[: count // 40]),
-    }
-    with cfssl(folder) as port:
-        if port is not None:
-            contenders[what + "`cfssl serve`, on one connection, SQLite"] = lambda: cfssl_sign(port, requests)
-        rates: dict[str, list[float]] = {name: [] for name in contenders}
+    contenders = [
+        Contender("handfast, in one process, durable", lambda: issue_ours(authority, requests), time.process_time),
+        Contender("`openssl ca`, in one process, no fsync", lambda: openssl_batch(folder, requests), _cpu_of_children),
+        Contender(
+            "`openssl ca`, a process each, no fsync",
+            lambda: openssl_each(folder, requests[: count // 8]),
+            _cpu_of_children,
+        ),
+        Contender(
+            "`handfast sign`, a process each, durable",
+            lambda: ours_each(folder, requests[: count // 40]),
+            _cpu_of_children,
+        ),
+    ]
+    with cfssl(folder) as serving:
+        if serving is not None:
+            port, pid = serving
+            contenders.append(
+                Contender(
+                    "`cfssl serve`, on one connection, SQLite", lambda: cfssl_sign(port, requests), lambda: _cpu_of(pid)
+                )
+            )
+        rates: list[list[float]] = [[] for _ in contenders]
+        costs: list[list[float]] = [[] for _ in contenders]
         for _ in range(ROUNDS):
-            for name, run in contenders.items():
-                began = time.perf_counter()
-                done = run()
-                rates[name].append(done / (time.perf_counter() - began))
+            for at, contender in enumerate(contenders):
+                began, used = time.perf_counter(), contender.cpu()
+                done = contender.run()
+                rates[at].append(done / (time.perf_counter() - began))
+                costs[at].append((contender.cpu() - used) / done * 1000)
     authority.close()
-    ours = statistics.median(next(iter(rates.values())))
-    rows = [_row(name, found, "/s", ours) for name, found in rates.items()]
+    ours = statistics.median(rates[0])
+    rows = [
+        replace(
+            _row(f"{key_type}: {contender.what}", rates[at], "/s", ours), cpu=f"{statistics.median(costs[at]):.2f} ms"
+        )
+        for at, contender in enumerate(contenders)
+    ]
     if key_type is KeyType.P256:
         rows.append(Row("resident memory after issuing these", _resident("self"), "MiB", (0, 0)))
     return rows
+
+
+def _cpu_of_children() -> float:
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def _cpu_of(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def issue_ours(authority: Authority, requests: list[Path]) -> int:
@@ -243,8 +282,8 @@ def _openssl_ca(folder: Path) -> list[str]:
 
 
 @contextmanager
-def cfssl(folder: Path) -> Iterator[int | None]:
-    """Run `cfssl serve`, which stores what it signs in SQLite; its port, or None where it is not installed."""
+def cfssl(folder: Path) -> Iterator[tuple[int, int] | None]:
+    """Run `cfssl serve`, which stores what it signs in SQLite; its port and process, or None where it is missing."""
     if shutil.which("cfssl") is None:
         yield None
         return
@@ -264,7 +303,7 @@ def cfssl(folder: Path) -> Iterator[int | None]:
             _wait_for(port, folder)
             with sqlite3.connect(database) as connection:
                 assert connection.execute("SELECT count(*) FROM certificates").fetchone() == (1,), "it stores nothing"
-            yield port
+            yield port, process.pid
         finally:
             process.terminate()
 
@@ -377,19 +416,19 @@ def _timed(action: Callable[[], object]) -> float:
 
 def _row(what: str, values: list[float], unit: str, ours: float = 0) -> Row:
     median = statistics.median(values)
-    ratio = f"{median / ours:.3g}" if ours else ""
+    ratio = f"{median / ours:.2g}" if ours else ""
     return Row(what, median, unit, (min(values), max(values)), ratio)
 
 
 def table(rows: list[Row]) -> str:
     """The rows as Markdown, so that they can be pasted as they are."""
     lines = [
-        f"| what (median of {ROUNDS}) | value | least to most | times ours |",
-        "|---|---:|---:|---:|",
+        f"| what (median of {ROUNDS}) | value | least to most | times ours | CPU for each |",
+        "|---|---:|---:|---:|---:|",
     ]
     for row in rows:
         spread = "" if row.spread == (0, 0) else f"{_figure(row.spread[0])} to {_figure(row.spread[1])}"
-        lines.append(f"| {row.what} | {_figure(row.median)} {row.unit} | {spread} | {row.ratio} |")
+        lines.append(f"| {row.what} | {_figure(row.median)} {row.unit} | {spread} | {row.ratio} | {row.cpu} |")
     return "\n".join(lines)
 
 

@@ -64,8 +64,8 @@ def _http(code: str, message: str, http: int = 400, hint: str = "") -> Row:
     return Row(f"http.{code}", message, hint, Exit.REFUSED, http)
 
 
-def _tls(code: str, message: str, hint: str = "") -> Row:
-    return Row(f"tls.{code}", message, hint, Exit.REFUSED)
+def _tls(code: str, message: str, hint: str = "", http: int = 0) -> Row:
+    return Row(f"tls.{code}", message, hint, Exit.REFUSED, http)
 
 
 class Reason(Enum):
@@ -331,7 +331,7 @@ class Reason(Enum):
     )
 
     # The handshake.
-    TLS_PLAIN_HTTP = _tls("plain_http", "the client spoke plain HTTP to a TLS port", "use https://")
+    TLS_PLAIN_HTTP = _tls("plain_http", "the client spoke plain HTTP to a TLS port", "use https://", 400)
     TLS_NOT_TLS = _tls("not_tls", "the client did not speak TLS")
     TLS_HANDSHAKE = _tls("handshake", "the handshake failed: {detail}")
     TLS_ALERT = _tls("alert", "the peer ended the handshake with the alert {alert}: {detail}")

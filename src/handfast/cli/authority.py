@@ -9,8 +9,16 @@ import click
 from handfast.authority import Authority, Existing, GeneratedPassphrase, Passphrase, Plan, create_authority
 from handfast.authority import import_authority as take_over
 from handfast.cli.opening import TRUST_DOMAIN, folder_of, new_passphrase, opened
-from handfast.cli.output import as_json_option, example, passphrase_option, print_json, state_option
-from handfast.files import read_file
+from handfast.cli.output import (
+    as_json_option,
+    choice,
+    example,
+    first_line,
+    key_passphrase_option,
+    passphrase_option,
+    print_json,
+    state_option,
+)
 from handfast.pki.certificates import fingerprint, label
 from handfast.pki.keys import KeyType
 from handfast.pki.names import parse_dns, parse_spiffe_id
@@ -22,16 +30,33 @@ trust_domain_option = click.option(
 )
 
 
-@click.group("authority", short_help="Make, import or show the authority.")
+@click.group(
+    "authority",
+    epilog=example("handfast authority init --trust-domain corp.internal"),
+)
 def authority_() -> None:
     """Make, import or show the authority: the root that others trust, and the issuer that signs leaves."""
 
 
-@authority_.command("init", epilog=example("handfast authority init --trust-domain corp.internal"))
+@authority_.command(
+    "init", epilog=example("handfast authority init --trust-domain corp.internal"), short_help="Make a new one."
+)
 @trust_domain_option
-@click.option("--root-key", type=click.Choice([*PROFILES["root"].key_types]), default=KeyType.P384, show_default=True)
 @click.option(
-    "--issuer-key", type=click.Choice([*PROFILES["issuer"].key_types]), default=KeyType.P256, show_default=True
+    "--root-key",
+    type=choice(PROFILES["root"].key_types),
+    default=KeyType.P384.value,
+    show_default=True,
+    metavar="TYPE",
+    help=f"The root's key: {', '.join(PROFILES['root'].key_types)}.",
+)
+@click.option(
+    "--issuer-key",
+    type=choice(PROFILES["issuer"].key_types),
+    default=KeyType.P256.value,
+    show_default=True,
+    metavar="TYPE",
+    help="The issuer's key, one of the same.",
 )
 @click.option(
     "--constrain",
@@ -66,11 +91,15 @@ def init(
         _show(authority, folder, as_json, passphrase)
 
 
-@authority_.command("import", epilog=example("handfast authority import --cert ca.crt --key ca.key"))
+@authority_.command(
+    "import",
+    epilog=example("handfast authority import --cert ca.crt --key ca.key"),
+    short_help="Take over one that you have.",
+)
 @click.option("--cert", required=True, type=click.Path(path_type=Path), help="The authority's certificate.")
 @click.option("--key", required=True, type=click.Path(path_type=Path), help="Its private key.")
 @click.option("--chain", type=click.Path(path_type=Path), help="The certificates above it, up to the root.")
-@click.option("--key-passphrase-file", type=click.Path(path_type=Path), help="What opens its key now.")
+@key_passphrase_option
 @trust_domain_option
 @ask_option
 @passphrase_option
@@ -89,15 +118,13 @@ def import_(
 ) -> None:
     """Take over an authority that you have, as made by openssl. A self-signed one signs leaves itself."""
     folder = folder_of(state)
-    opens = None
-    if key_passphrase_file is not None:
-        opens = read_file(key_passphrase_file, "passphrase file").partition(b"\n")[0].rstrip(b"\r")
+    opens = None if key_passphrase_file is None else first_line(key_passphrase_file)
     passphrase = new_passphrase(passphrase_file, ask_passphrase)
     with take_over(folder, Existing(cert, key, chain, opens), trust_domain, passphrase) as authority:
         _show(authority, folder, as_json, passphrase)
 
 
-@authority_.command("show", epilog=example("handfast authority show --json"))
+@authority_.command("show", epilog=example("handfast authority show --json"), short_help="Show the one there is.")
 @state_option
 @as_json_option
 def show(state: Path | None, as_json: bool) -> None:

@@ -9,18 +9,19 @@ from typing import Any
 import click
 
 from handfast.authority import Authority, Issued, Record, RevocationReason
-from handfast.cli.export import P12Options, p12_options, save_p12
+from handfast.cli.export import P12Options, p12_files, p12_options, p12_password, save_p12
 from handfast.cli.opening import opened
-from handfast.cli.output import as_json_option, example, passphrase_option, print_json, state_option
-from handfast.errors import Reason, StoreError
-from handfast.files import generate_key, read_file, write_private, write_public
+from handfast.cli.output import as_json_option, choice, example, passphrase_option, print_json, state_option
+from handfast.cli.placing import check_places, make_folder, place_bundle, place_pair
+from handfast.files import generate_key, read_file, write_public
 from handfast.pki.certificates import encode_chain, serial_text
 from handfast.pki.issuing import Order, authorize_names
-from handfast.pki.keys import KeyType, PublicKey, encode_private_key
+from handfast.pki.keys import KeyType, encode_private_key
 from handfast.pki.names import Kind, Name, parse_name
 from handfast.pki.profiles import PROFILES, Profile, parse_lifetime
 from handfast.pki.requests import parse_csr
 
+_LONGEST_BASE = 200  # characters; file systems take names of 255 bytes, of which endings need some
 LEAVES = [name for name, profile in PROFILES.items() if not profile.ca]
 profile_option = click.option(
     "--profile", type=click.Choice(LEAVES), help="What it is for.  [default: server for a host, else client]"
@@ -33,12 +34,18 @@ lifetime_option = click.option(
 @click.command(
     "issue",
     epilog=example("handfast issue web", "handfast issue api.internal 10.0.0.7 --profile server --for 7d"),
-    short_help="Make a key and a certificate.",
 )
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @profile_option
 @lifetime_option
-@click.option("--key-type", type=click.Choice([*KeyType]), default=KeyType.P256, show_default=True)
+@click.option(
+    "--key-type",
+    type=choice(KeyType),
+    default=KeyType.P256.value,
+    show_default=True,
+    metavar="TYPE",
+    help=f"What key to make: {', '.join(KeyType)}.",
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path(), help="Where to write.  [default: here]")
 @click.option("--force", is_flag=True, help="Replace files that exist.")
 @p12_options
@@ -62,30 +69,30 @@ def issue_(
     A bare NAME is spiffe://<trust domain>/NAME; a host or address is a server's. Writes NAME.crt (with its
     chain), NAME.key (mode 0600) and ca.crt.
     """
+    span = None if lifetime is None else parse_lifetime(lifetime)
+    password = p12_password(p12)
     with opened(state, passphrase_file) as authority:
         wanted = tuple(parse_name(name, authority.trust_domain) for name in names)
         kind = PROFILES[profile or guess_profile(wanted)]
         base = file_base(wanted[0])
         cert, key_path, ca = out / f"{base}.crt", out / f"{base}.key", out / "ca.crt"
-        for path in (cert, key_path, p12.path):
-            if path is not None and path.exists() and not force:
-                raise StoreError(Reason.STORE_EXISTS, path=str(path))
+        make_folder(out)
+        check_places([cert, key_path, *p12_files(p12)], force=force)
+        if cert.name == ca.name:
+            raise click.UsageError(f"the certificate would be called {ca}, as the trust bundle is; choose another NAME")
+        place_bundle(ca, encode_chain(authority.trust_bundle()), force=force)
         key = generate_key(KeyType(key_type))
-        issued = _issue(authority, wanted, kind, key.public_key(), lifetime)
-        out.mkdir(parents=True, exist_ok=True)
-        write_private(key_path, encode_private_key(key))
-        write_public(cert, issued.pem)
-        write_public(ca, encode_chain(authority.trust_bundle()))
+        issued = _issue(authority, Order(kind, wanted, key.public_key(), span))
+        place_pair(key_path, encode_private_key(key), cert, issued.pem)
     result = _issued(issued, wanted, kind) | {"cert": str(cert), "key": str(key_path), "ca": str(ca)}
     if p12.path is not None:
-        result |= save_p12(p12, base, key, (issued.certificate, *issued.chain))
+        result |= save_p12(p12, password, base, key, (issued.certificate, *issued.chain))
     _print(result, as_json)
 
 
 @click.command(
     "sign",
     epilog=example("handfast sign web.csr --name web --out web.crt"),
-    short_help="Sign a request made elsewhere.",
 )
 @click.argument("csr", type=click.Path(path_type=Path))
 @click.option("--name", "names", multiple=True, required=True, help="A name it may have. Repeat for more.")
@@ -110,20 +117,20 @@ def sign_(
     """Sign the public key of a request (PEM or DER). Its names must be among those given with --name, which are
     the names of the certificate; nothing else is taken from it.
     """
+    span = None if lifetime is None else parse_lifetime(lifetime)
     request = parse_csr(read_file(csr, "request"), str(csr))
     target = csr.with_suffix(".crt") if out is None else out
-    if target.exists() and not force:
-        raise StoreError(Reason.STORE_EXISTS, path=str(target))
+    check_places([target], force=force)
     with opened(state, passphrase_file) as authority:
         wanted = tuple(parse_name(name, authority.trust_domain) for name in names)
         authorize_names(request.names, wanted)
         kind = PROFILES[profile or guess_profile(wanted)]
-        issued = _issue(authority, wanted, kind, request.public_key, lifetime)
+        issued = _issue(authority, Order(kind, wanted, request.public_key, span))
         write_public(target, issued.pem)
     _print(_issued(issued, wanted, kind) | {"cert": str(target)}, as_json)
 
 
-@click.command("list", epilog=example("handfast list --expiring 24h"), short_help="List the certificates in use.")
+@click.command("list", epilog=example("handfast list --expiring 24h"))
 @click.option("--expiring", metavar="TIME", help="Only those that end within this time.")
 @click.option("--all", "ended", is_flag=True, help="Also those that have ended.")
 @state_option
@@ -144,7 +151,7 @@ def list_(expiring: str | None, ended: bool, state: Path | None, as_json: bool) 
                 )
 
 
-@click.command("show", epilog=example("handfast show web"), short_help="Show a certificate by its serial or name.")
+@click.command("show", epilog=example("handfast show web"))
 @click.argument("serial_or_name", metavar="SERIAL|NAME")
 @state_option
 @as_json_option
@@ -163,12 +170,14 @@ def show_(serial_or_name: str, state: Path | None, as_json: bool) -> None:
         click.echo()
 
 
-@click.command(
-    "revoke", epilog=example("handfast revoke web --reason key_compromise"), short_help="Revoke a certificate."
-)
+@click.command("revoke", epilog=example("handfast revoke web --reason key_compromise"))
 @click.argument("serial_or_name", metavar="SERIAL|NAME")
 @click.option(
-    "--reason", type=click.Choice([*RevocationReason]), default=RevocationReason.UNSPECIFIED, show_default=True
+    "--reason",
+    type=choice(RevocationReason),
+    default=RevocationReason.UNSPECIFIED.value,
+    metavar="REASON",
+    help=f"Why: {', '.join(RevocationReason)}.",
 )
 @state_option
 @as_json_option
@@ -198,15 +207,12 @@ def guess_profile(names: tuple[Name, ...]) -> str:
 def file_base(name: Name) -> str:
     """What files of a name are called: its last part, in characters that no file system minds."""
     last = name.value.rstrip("/").rpartition("/")[2] or name.trust_domain
-    return "".join(letter if letter.isalnum() or letter in ".-_@" else "_" for letter in last).lstrip(".") or "leaf"
+    clean = "".join(letter if letter.isalnum() or letter in ".-_@" else "_" for letter in last)
+    return clean.lstrip(".")[:_LONGEST_BASE] or "leaf"
 
 
-def _issue(
-    authority: Authority, names: tuple[Name, ...], profile: Profile, key: PublicKey, lifetime: str | None
-) -> Issued:
-    span = None if lifetime is None else parse_lifetime(lifetime)
-    order = Order(profile, names, key, span)
-    return authority.issue(order, authority.authorize(names, profile))
+def _issue(authority: Authority, order: Order) -> Issued:
+    return authority.issue(order, authority.authorize(order.names, order.profile))
 
 
 def _issued(issued: Issued, names: tuple[Name, ...], profile: Profile) -> dict[str, Any]:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import click
 
 from handfast.authority import (
     AskedPassphrase,
@@ -25,8 +22,7 @@ from handfast.authority import (
     usual_passphrase,
 )
 from handfast.authority.state import PASSPHRASE_VARIABLE, Folder
-from handfast.cli.output import note
-from handfast.errors import InvalidInput, Reason
+from handfast.cli.output import asked, note
 from handfast.pki.certificates import serial_text
 
 TRUST_DOMAIN = "handfast.internal"  # .internal is set aside for private use (ICANN, 2024)
@@ -41,7 +37,12 @@ def opened(state: Path | None, passphrase_file: Path | None = None) -> Authority
     """Open the authority, and say what a killed issuance may have left. Raises StoreError."""
     folder = folder_of(state)
     authority = open_authority(folder, _source(folder, passphrase_file))
-    for lost in authority.sweep():
+    try:
+        swept = authority.sweep()
+    except BaseException:
+        authority.close()
+        raise
+    for lost in swept:
         serial = serial_text(lost.serial)
         note(f"note: an issuance for {', '.join(lost.names)} was cut off on {lost.at:%Y-%m-%d %H:%M} UTC;")
         note(f"      its certificate was maybe signed. To be sure: handfast revoke {serial}")
@@ -72,16 +73,9 @@ def new_passphrase(passphrase_file: Path | None, ask: bool) -> Passphrase:
     if passphrase_file is not None:
         return PassphraseFile(passphrase_file)
     if ask:
-        return AskedPassphrase(lambda question: _ask(question, confirm=True))
+        return AskedPassphrase(lambda question: asked(question, confirm=True))
     return PassphraseVariable() if PASSPHRASE_VARIABLE in os.environ else GeneratedPassphrase()
 
 
 def _source(folder: Path, passphrase_file: Path | None) -> Passphrase:
-    return PassphraseFile(passphrase_file) if passphrase_file else usual_passphrase(folder, _ask)
-
-
-def _ask(question: str, *, confirm: bool = False) -> bytes:
-    if not sys.stdin.isatty():
-        raise InvalidInput(Reason.INPUT_NO_PASSPHRASE)
-    answer: str = click.prompt(question, hide_input=True, confirmation_prompt=confirm, err=True)
-    return answer.encode()
+    return PassphraseFile(passphrase_file) if passphrase_file else usual_passphrase(folder, asked)

@@ -204,7 +204,7 @@ async def _serve(serving: Serving, log: EventLog) -> None:
         click.echo(f"\nstopping; {open_connections} connection(s) may finish (Ctrl-C again: at once)")
     await guard.stop()
     if serving.as_json:
-        log.emit("stopped", guard.now)
+        log.emit("stopped", guard.now, {})
     else:
         click.echo("goodbye")
 
@@ -212,7 +212,7 @@ async def _serve(serving: Serving, log: EventLog) -> None:
 def _report(guard: Guard, context: dict[str, Any]) -> None:
     """What the loop caught is a bug of ours: one event, and no traceback for the user."""
     failure = Failure(Reason.BUG, {"detail": f"{context.get('message')}: {context.get('exception')!r}"[:300]})
-    guard.log.emit("bug", guard.now, **told(failure))
+    guard.log.emit("bug", guard.now, told(failure))
 
 
 def _run(main: Coroutine[Any, Any, None]) -> None:

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
 
-from handfast.authority import Authority
-from handfast.errors import HandfastError
-from handfast.files import generate_key, read_file, write_private, write_public
+from handfast.authority import Authority, Issued
+from handfast.cli.output import first_line
+from handfast.errors import HandfastError, InvalidInput, Reason
+from handfast.files import generate_key, make_private_folder, write_private, write_public
 from handfast.guard.service import Snapshot
-from handfast.pki.certificates import certificate_names, encode_chain, parse_certificates
+from handfast.pki.certificates import certificate_names, encode_chain
 from handfast.pki.issuing import Order
 from handfast.pki.keys import KeyType, PrivateKey, encode_private_key
 from handfast.pki.names import Name
@@ -24,8 +25,10 @@ from handfast.pki.pkcs12 import encode_p12
 from handfast.pki.profiles import PROFILES
 from handfast.pki.verification import Purpose, Terms, TrustBundle
 from handfast.policy import Policy
-from handfast.tls.credential import Credential
+from handfast.tls.credential import Credential, load_credential
 from handfast.tls.server import ServerContext, ServerSettings
+
+_PAUSE = timedelta(seconds=60)  # between two attempts to renew one certificate; each is a row in the ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,11 @@ class ClientFiles:
 
 @dataclass(slots=True)
 class Upkeep:
-    """Makes snapshots for a guard from an authority. `refresh` is cheap when nothing has changed."""
+    """Makes snapshots for a guard from an authority. `refresh` is cheap when nothing has changed.
+
+    A revocation never waits for a renewal: while certificates cannot be issued or written, as on a full disk,
+    those there are serve on, and what is revoked is refused. Raises InvalidInput where two clients would share files.
+    """
 
     authority: Authority
     policy: Policy
@@ -67,79 +74,99 @@ class Upkeep:
     clients: tuple[ClientFiles, ...]
     _credential: Credential | None = None
     _revision: int = -1
-    _renew_at: dict[Path, datetime] = field(default_factory=dict)
+    _due: dict[Path | None, datetime] = field(default_factory=dict)  # when to renew: a client's file; None: the server
+
+    def __post_init__(self) -> None:
+        self.clients = tuple(dict.fromkeys(self.clients))
+        taken: dict[Path, Name] = {}
+        for client in self.clients:
+            other = taken.setdefault(client.cert, client.name)
+            if other != client.name:
+                detail = f"its files would be those of {other}"
+                raise InvalidInput(Reason.INPUT_NAME, value=str(client.name), detail=detail)
 
     def snapshot(self, now: datetime) -> Snapshot:
         """Everything as of now; issues what is missing."""
         for client in self.clients:
-            self._keep_client(client, now)
-        if self._credential is None or now >= half_life(self._credential.chain[0]):
-            self._credential = self._issue_server()
-        self._revision = self.authority.revision()
-        bundle = TrustBundle(self.authority.trust_bundle(), self.authority.trust_domain)
-        terms = Terms(bundle, Purpose.CLIENT, revocations=self.authority.revocations(now=now))
-        return Snapshot(ServerContext(self._credential, terms, self.settings), self.policy)
+            self._due[client.cert] = self._usable_until(client, now) or self._issue_client(client, now)
+        self._issue_server(now)
+        return self._as_of(now)
 
     def refresh(self, now: datetime) -> Snapshot | None:
         """A new snapshot if anything changed or a certificate is half spent; else None. Raises HandfastError."""
+        if self.authority.revision() != self._revision:
+            return self._as_of(now)
+        for client in self.clients:
+            if now >= self._due[client.cert]:
+                self._due[client.cert] = now + _PAUSE  # if it fails
+                self._issue_client(client, now)
+        if now >= self._due[None]:
+            self._due[None] = now + _PAUSE
+            self._issue_server(now)
+            return self._as_of(now)
+        return None
+
+    def _as_of(self, now: datetime) -> Snapshot:
         assert self._credential is not None
-        if (
-            self.authority.revision() == self._revision
-            and now < half_life(self._credential.chain[0])
-            and all(now < at for at in self._renew_at.values())
-        ):
-            return None
-        return self.snapshot(now)
+        revision = self.authority.revision()  # before the list: one more that comes meanwhile is seen the next time
+        bundle = TrustBundle(self.authority.trust_bundle(), self.authority.trust_domain)
+        terms = Terms(bundle, Purpose.CLIENT, revocations=self.authority.revocations(now=now))
+        snapshot = Snapshot(ServerContext(self._credential, terms, self.settings), self.policy)
+        self._revision = revision
+        return snapshot
 
-    def _issue_server(self) -> Credential:
+    def _issue_server(self, now: datetime) -> None:
         key = generate_key(KeyType.P256)  # lives in this process alone; each start makes another
-        order = Order(PROFILES["server"], self.server_names, key.public_key())
-        issued = self.authority.issue(order, self.authority.authorize(self.server_names, PROFILES["server"]))
-        return Credential(key, (issued.certificate, *issued.chain))
-
-    def _keep_client(self, client: ClientFiles, now: datetime) -> None:
-        due = self._renew_at.get(client.cert)
-        if due is None:
-            due = self._usable_until(client, now)
-        if due is None or now >= due:
-            due = half_life(self._issue_client(client))
-        self._renew_at[client.cert] = due
+        issued = self._issue(Order(PROFILES["server"], self.server_names, key.public_key()), now)
+        self._credential = Credential(key, (issued.certificate, *issued.chain))
+        self._due[None] = _renewal(issued.certificate, now)
 
     def _usable_until(self, client: ClientFiles, now: datetime) -> datetime | None:
-        """When the files that are there are due for renewal; None if they do not serve."""
+        """When the files that are there are due for renewal; None if they do not serve, or are due."""
         try:
-            leaf = parse_certificates(read_file(client.cert, "certificate file"), str(client.cert))[0]
+            leaf = load_credential(client.cert, client.key).chain[0]
         except HandfastError:
             return None
         ours = leaf.issuer == self.authority.issuer.subject and client.name in certificate_names(leaf)
-        complete = client.key.exists() and client.p12.exists() and client.p12_password.exists()
+        complete = client.p12.exists() and client.p12_password.exists()
         if not (ours and complete) or self.authority.revocations(now=now).revoked(leaf):
             return None
-        return half_life(leaf)
+        due = half_life(leaf)
+        return due if now < due else None
 
-    def _issue_client(self, client: ClientFiles) -> x509.Certificate:
+    def _issue_client(self, client: ClientFiles, now: datetime) -> datetime:
         key = generate_key(KeyType.P256)
-        profile = PROFILES["client"]
-        order = Order(profile, (client.name,), key.public_key())
-        issued = self.authority.issue(order, self.authority.authorize((client.name,), profile))
+        issued = self._issue(Order(PROFILES["client"], (client.name,), key.public_key()), now)
         save_client(client, key, (issued.certificate, *issued.chain))
-        return issued.certificate
+        due = self._due[client.cert] = _renewal(issued.certificate, now)
+        return due
+
+    def _issue(self, order: Order, now: datetime) -> Issued:
+        return self.authority.issue(order, self.authority.authorize(order.names, order.profile, now=now), now=now)
 
 
 def save_client(client: ClientFiles, key: PrivateKey, chain: tuple[x509.Certificate, ...]) -> None:
-    """Write a client's files; the password of its PKCS#12 file is kept if there is one."""
-    client.base.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Write a client's files; the password of its PKCS#12 file is kept if there is one.
+
+    The certificate comes last: one that fits the key beside it says that all was written. Raises StoreError.
+    """
+    make_private_folder(client.base.parent)
     if client.p12_password.exists():
-        password = read_file(client.p12_password, "password file").strip()
+        password = first_line(client.p12_password)
     else:
         password = secrets.token_urlsafe(15).encode()
         write_private(client.p12_password, password + b"\n")
+    write_private(client.p12, encode_p12(client.base.name, key, chain, password))
     write_private(client.key, encode_private_key(key))
     write_public(client.cert, encode_chain(chain))
-    write_private(client.p12, encode_p12(client.base.name, key, chain, password))
 
 
 def half_life(certificate: x509.Certificate) -> datetime:
     """When a certificate is due for renewal: half way, as ACME's renewal information has it for short lives."""
     begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     return begins + (ends - begins) / 2
+
+
+def _renewal(certificate: x509.Certificate, now: datetime) -> datetime:
+    """As `half_life`, but never at once: close to the issuer's own end, new certificates are hardly longer lived."""
+    return max(half_life(certificate), now + _PAUSE)

@@ -234,7 +234,7 @@ class Handshaking:
         failure = Failure(Reason.TLS_PLAIN_HTTP if plain_http else Reason.TLS_NOT_TLS)
         connection.event("connection", {"decision": "deny"} | told(failure))
         if plain_http:
-            connection.transport.write(plain_response(400, refusal_body(failure.reason, connection.id)))
+            connection.transport.write(plain_response(failure.reason.http, refusal_body(failure.reason, connection.id)))
         connection.linger()
 
 

@@ -29,15 +29,14 @@ from handfast.wire.http1 import (
     RequestHead,
     ResponseHead,
     find_head,
-    parse_request_head,
     parse_response_head,
     plain_response,
-    rewrite_request,
     rewrite_response,
     stays_open,
 )
 from handfast.wire.identity import claims_identity, client_cert, client_identity, fold, overrides_request
 from handfast.wire.targets import ambiguous_path, normal_host
+from handfast.wire.usual import Requests, usual_answer
 
 if TYPE_CHECKING:
     from handfast.guard.connection import Connection
@@ -72,19 +71,8 @@ class HttpSession:
     """A connection that may carry requests: it cannot be made without a VerifiedPeer."""
 
     __slots__ = (
-        *("_buffer", "_channel", "_connection", "_count", "_dialling", "_exchange", "_finishing"),
-        *(
-            "_full",
-            "_headers",
-            "_policy",
-            "_reading",
-            "_rules",
-            "_server_name",
-            "_trusted_until",
-            "_unread",
-            "_upstream",
-            "peer",
-        ),
+        *("_buffer", "_channel", "_connection", "_count", "_dialling", "_exchange", "_finishing", "_full", "_policy"),
+        *("_reading", "_requests", "_rules", "_server_name", "_trusted_until", "_unread", "_upstream", "peer"),
     )
 
     def __init__(self, connection: Connection, peer: VerifiedPeer, channel: Channel, facts: Facts) -> None:
@@ -104,12 +92,13 @@ class HttpSession:
         self._count = 0
         self._policy: Policy | None = None
         self._rules: list[Rule] = []  # of that policy, about this peer
-        self._headers = (
+        ours = (
             (b"X-Forwarded-For", connection.address.rpartition(":")[0].encode()),
             (b"X-Forwarded-Proto", b"https"),
             (b"Client-Cert", client_cert(peer.leaf_der)),
             (b"Client-Identity", client_identity(peer.identity.name)),
         )
+        self._requests = Requests(ours, _strip)
 
     def start(self) -> None:
         """Read what came along with the last of the handshake."""
@@ -224,7 +213,7 @@ class HttpSession:
                 if not self._count or self._connection.deadline > self._connection.moment() + guard.limits.head:
                     self._connection.set_deadline(guard.limits.head)
                 return False
-            head = parse_request_head(self._buffer[:end])
+            head = self._requests.parse(self._buffer[:end])
         except RemoteProtocolError as error:
             self._refuse(error.failure)
             return False
@@ -237,6 +226,7 @@ class HttpSession:
             return False
         if policy is not self._policy:  # a new snapshot reaches the next request
             self._policy, self._rules = policy, rules_about(policy, self.peer)
+            self._requests.strip_by(_strip_override if policy.judges_paths else _strip)
         decision = decide_by(self._rules, Request(head.method, head.path))
         if not decision.allowed:
             return self._deny(head, decision)
@@ -271,8 +261,7 @@ class HttpSession:
 
     def _forward(self, head: RequestHead, decision: Decision) -> None:
         connection = self._connection
-        judges = connection.guard.snapshot.policy.judges_paths
-        sent = rewrite_request(head, self._headers, _strip_override if judges else _strip)
+        sent = self._requests.rewrite(head)
         repeatable = head.body is BodyKind.NONE and head.method in _SAFE and not head.websocket
         exchange = Exchange(
             id=f"{connection.id}-{self._count}",
@@ -387,7 +376,7 @@ class HttpSession:
                 if end < 0:
                     break
                 head, data, exchange.answer = exchange.answer[:end], exchange.answer[end:], b""
-                out.append(self._take_head(exchange, parse_response_head(head, exchange.head.method)))
+                out.append(self._take_head(exchange, head))
             else:
                 assert exchange.response_body is not None
                 if exchange.response_body.done:
@@ -403,11 +392,24 @@ class HttpSession:
         if exchange.response_body is not None and exchange.response_body.done and not exchange.tunnel:
             self._done(exchange, reusable=not data)
 
-    def _take_head(self, exchange: Exchange, response: ResponseHead) -> bytes:
-        minor = exchange.head.minor
+    def _take_head(self, exchange: Exchange, head: bytes) -> bytes:
+        """Take the head of the app's answer; return what goes to the client."""
+        request = exchange.head
+        minor = request.minor
         exchange.first_byte = exchange.first_byte or self._connection.moment()
+        # A client that has not sent all of its body yet cannot be asked for another request behind it, and one
+        # that asked for a websocket and got none may already speak its language (a way to smuggle).
+        may_keep = exchange.body.done and not request.websocket and not self._finishing
+        if may_keep and minor and request.keep_alive and request.method != b"HEAD":
+            usual = usual_answer(head)
+            if usual is not None:
+                exchange.response, sent = usual
+                exchange.response_body = body_reader(BodyKind.LENGTH, exchange.response.length)
+                exchange.keep = True
+                return sent
+        response = parse_response_head(head, request.method)
         if response.status == 101:
-            made = rewrite_response(response, True, exchange.head.websocket)
+            made = rewrite_response(response, True, request.websocket)
             exchange.response, exchange.tunnel = response, True
             self._connection.deadline = float("inf")
             return made
@@ -415,14 +417,7 @@ class HttpSession:
             return rewrite_response(response, True) if minor else b""
         exchange.response = response
         exchange.response_body = body_reader(response.body, response.length, decode=minor == 0)
-        # A client that has not sent all of its body yet cannot be asked for another request behind it, and one
-        # that asked for a websocket and got none may already speak its language (GUARD F3).
-        exchange.keep = (
-            stays_open(exchange.head, response)
-            and exchange.body.done
-            and not exchange.head.websocket
-            and not self._finishing
-        )
+        exchange.keep = may_keep and stays_open(request, response)
         return rewrite_response(response, exchange.keep, client_minor=minor)
 
     def _done(self, exchange: Exchange, *, reusable: bool) -> None:

@@ -1,0 +1,69 @@
+"""Where verbs put files: looked at before anything is issued, for a certificate that cannot be written is lost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+
+from handfast.errors import HandfastError, Reason, StoreError
+from handfast.files import disk_errors, read_file, write_private, write_public
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for results, if need be. Raises StoreError."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_places(paths: Iterable[Path], *, force: bool) -> None:
+    """See that each file can be written: its folder takes files, and unless `force` says so, nothing is replaced.
+
+    Raises StoreError, and UsageError where two would be one file.
+    """
+    seen: set[Path] = set()
+    for path in paths:
+        if path.absolute() in seen:
+            raise click.UsageError(f"two of the files to write would be called {path}")
+        seen.add(path.absolute())
+        if not path.parent.is_dir():
+            raise StoreError(Reason.STORE_DISK, path=str(path.parent), detail="it is no folder")
+        if path.is_dir():
+            raise StoreError(Reason.STORE_DISK, path=str(path), detail="it is a folder")
+        if not force and os.path.lexists(path):
+            raise StoreError(Reason.STORE_EXISTS, path=str(path))
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            frozen = os.statvfs(path.parent).f_flag & os.ST_RDONLY
+            detail = "its disk is read-only" if frozen else "permission denied"
+            raise StoreError(Reason.STORE_READ_ONLY, path=str(path.parent), detail=detail)
+
+
+def place_pair(key: Path, key_pem: bytes, certificate: Path, pem: bytes) -> None:
+    """Write a private key (0600) and its certificate; neither, on a disk that takes but one. Raises StoreError."""
+    staged = key.with_name(f".{key.name}.new")
+    with disk_errors(key):
+        try:
+            write_private(staged, key_pem)
+            write_public(certificate, pem)
+            staged.replace(key)
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
+
+
+def place_bundle(path: Path, bundle: bytes, *, force: bool) -> None:
+    """Put a trust bundle where perhaps one is. Somebody else's `ca.crt` is not replaced. Raises StoreError."""
+    if os.path.lexists(path) and not force:
+        if not _holds(path, bundle):
+            raise StoreError(Reason.STORE_EXISTS, path=str(path))
+    else:
+        write_public(path, bundle)
+
+
+def _holds(path: Path, wanted: bytes) -> bool:
+    try:
+        return read_file(path, "trust bundle") == wanted
+    except HandfastError:
+        return False
