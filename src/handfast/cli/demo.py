@@ -159,7 +159,7 @@ def _app(stage: _Stage) -> Iterator[int]:
 def _guard(stage: _Stage, port: int) -> Iterator[dict[str, Any]]:
     words = ["up", "--to", f"127.0.0.1:{port}", "--listen", "127.0.0.1:0", "--client", "alice", "--allow", "alice"]
     command = [*_command(), *words, "--json", "--state", str(stage.folder / "state")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # noqa: S603  # ours
     assert process.stdout is not None
 
     def read() -> None:
@@ -184,7 +184,8 @@ def _issue(stage: _Stage, state: Path, name: str) -> Credential:
 
 
 def _run(*words: str) -> None:
-    done = subprocess.run([*_command(), *words], capture_output=True, text=True, timeout=_PATIENCE, check=False)
+    command = [*_command(), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)  # noqa: S603  # ours
     if done.returncode != 0:
         raise HandfastError(Reason.BUG, detail=f"handfast {words[0]}: {done.stdout}{done.stderr}")
 
