@@ -46,7 +46,7 @@ allow_option = click.option(
     "guard",
     epilog=example(
         "handfast guard --to 127.0.0.1:8000 --cert server.crt --key server.key --client-ca ca.crt",
-        "handfast guard --to tcp://127.0.0.1:5432 --cert s.crt --key s.key --client-ca ca.crt --allow dns:*.internal",
+        "handfast guard --to tcp://:5432 --cert s.crt --key s.key --client-ca ca.crt --allow dns:*.corp",
     ),
     short_help="Guard an app with certificates you have.",
 )
