@@ -14,7 +14,7 @@ import uvloop
 
 from handfast.guard.events import EventLog
 from handfast.guard.places import parse_target
-from handfast.guard.service import Guard, Limits, Snapshot
+from handfast.guard.service import Guard, Limits, Snapshot, bind
 from handfast.pki.verification import Purpose, Terms, TrustBundle
 from handfast.policy import ALLOW_ANY, Policy
 from handfast.tls.credential import Credential
@@ -101,7 +101,7 @@ class Running:
             self._stop = asyncio.Event()
             log = EventLog(self.events, pretty=False)  # type: ignore[arg-type]  # as much of a stream as is used
             self.guard = Guard(self.snapshot(), parse_target(self.target), log, limits=self.limits)
-            started.set_result(await self.guard.listen("127.0.0.1", 0))
+            started.set_result(await self.guard.listen(bind("127.0.0.1", 0)))
         except BaseException as error:
             started.set_exception(error)
             raise

@@ -21,7 +21,7 @@ from handfast.errors import Exit, Failure, HandfastError, Reason, StoreError, Ve
 # Verb -> where it lives, and what it does. A verb's module is imported only when the verb is called: neither
 # `version` nor the list of verbs need load a database.
 _VERBS = {
-    "up": ("serve", "Guard an app: authority, certificates and all."),
+    "up": ("up", "Guard an app: authority, certificates and all."),
     "guard": ("serve", "Guard an app with certificates you have."),
     "demo": ("demo", "See it work: an app, a guard, and who gets through."),
     "authority": ("authority", "Make, import or show the authority."),
@@ -45,7 +45,8 @@ _HINTS = {
     ("handfast authority import", Reason.INPUT_WRONG_PASSPHRASE): _OWN_KEY,
     ("handfast export", Reason.INPUT_KEY_ENCRYPTED): _OWN_KEY,
     ("handfast export", Reason.INPUT_WRONG_PASSPHRASE): _OWN_KEY,
-    ("handfast guard", Reason.INPUT_KEY_ENCRYPTED): "decrypt it: openssl pkey -in KEY -out PLAIN.key",
+    ("handfast guard", Reason.INPUT_KEY_ENCRYPTED): _OWN_KEY,
+    ("handfast guard", Reason.INPUT_WRONG_PASSPHRASE): _OWN_KEY,
     ("handfast inspect", Reason.INPUT_NOT_P12): "give its password with --password-file F",
     ("handfast issue", Reason.STORE_EXISTS): "write elsewhere with --out DIR, or replace it with --force",
     ("handfast sign", Reason.STORE_EXISTS): "write elsewhere with --out FILE, or replace it with --force",

@@ -23,6 +23,7 @@ from handfast.authority import (
 )
 from handfast.authority.state import PASSPHRASE_VARIABLE, Folder
 from handfast.cli.output import asked, note
+from handfast.errors import InvalidInput, Reason
 from handfast.pki.certificates import serial_text
 
 TRUST_DOMAIN = "handfast.internal"  # .internal is set aside for private use (ICANN, 2024)
@@ -50,18 +51,23 @@ def opened(state: Path | None, passphrase_file: Path | None = None) -> Authority
 
 
 @contextmanager
-def founded(folder: Path, trust_domain: str, passphrase_file: Path | None) -> Iterator[Authority]:
+def founded(folder: Path, trust_domain: str | None, passphrase_file: Path | None) -> Iterator[Authority]:
     """Open the authority in a folder for a server to run on, and make it first if there is none.
 
-    The folder is locked for the time: two servers on one state would renew each other's files. Raises StoreError.
+    The folder is locked for the time: two servers on one state would renew each other's files. Raises StoreError,
+    and InvalidInput where the authority that is there is of another trust domain than the one asked for.
     """
     with lock(folder):
         if Folder(folder).ledger.exists():
             authority = opened(folder, passphrase_file)
+            if trust_domain not in (None, authority.trust_domain):
+                authority.close()
+                detail = f"the authority in {folder} is of {authority.trust_domain}"
+                raise InvalidInput(Reason.INPUT_NAME, value=trust_domain, detail=detail)
         else:
             passphrase = new_passphrase(passphrase_file, ask=False)
-            authority = create_authority(folder, Plan(trust_domain), passphrase)
-            note(f"made an authority for {trust_domain} in {folder}")
+            authority = create_authority(folder, Plan(trust_domain or TRUST_DOMAIN), passphrase)
+            note(f"made an authority for {authority.trust_domain} in {folder}")
             if isinstance(passphrase, GeneratedPassphrase):
                 note("  its keys are encrypted under a generated passphrase beside them, readable by you alone")
         with authority:

@@ -1,9 +1,8 @@
-"""The verbs that serve: `guard` with the user's own files, and `up` with an authority of our own."""
+"""The verb `guard`, and how a guard is run from the command line."""
 
 from __future__ import annotations
 
 import asyncio
-import shlex
 import signal
 import socket
 import sys
@@ -15,15 +14,14 @@ from typing import Any
 
 import click
 
-from handfast.cli.output import as_json_option, example, passphrase_option, print_json, state_option
-from handfast.errors import Failure, HandfastError, Reason
+from handfast.cli.output import as_json_option, example, first_line, key_passphrase_option, print_json
+from handfast.errors import Failure, Reason
 from handfast.guard.events import EventLog, told
 from handfast.guard.places import Target, parse_address, parse_target
-from handfast.guard.service import Guard, Snapshot, raise_descriptor_limit
-from handfast.pki.names import Name, parse_dns, parse_name
+from handfast.guard.service import Guard, Snapshot, bind, raise_descriptor_limit
 from handfast.pki.verification import Purpose, Terms
 from handfast.policy import ALLOW_ANY, parse_policy
-from handfast.tls.credential import load_bundle, load_credential
+from handfast.tls.credential import check_server, check_time, load_bundle, load_credential
 from handfast.tls.server import ServerContext, ServerSettings
 
 LISTEN = "127.0.0.1:8443"
@@ -42,6 +40,11 @@ allow_option = click.option(
 )
 
 
+no_ca_names_option = click.option(
+    "--no-ca-names", is_flag=True, help="Do not tell clients which authorities are accepted."
+)
+
+
 @click.command(
     "guard",
     epilog=example(
@@ -56,8 +59,9 @@ allow_option = click.option(
 @click.option("--client-ca", required=True, type=click.Path(path_type=Path), help="The authorities of the clients.")
 @allow_option
 @listen_option
+@key_passphrase_option
 @click.option("--legacy-certs", is_flag=True, help="Admit clients whose certificates lack key usage or names (by CN).")
-@click.option("--no-ca-names", is_flag=True, help="Do not tell clients which authorities are accepted.")
+@no_ca_names_option
 @as_json_option
 def guard_(
     to: str,
@@ -66,6 +70,7 @@ def guard_(
     client_ca: Path,
     allow: tuple[str, ...],
     listen: str,
+    key_passphrase_file: Path | None,
     legacy_certs: bool,
     no_ca_names: bool,
     as_json: bool,
@@ -75,91 +80,22 @@ def guard_(
     Without --allow, every client with a valid certificate of that authority is let through, as nginx does with
     ssl_verify_client on.
     """
-    target = parse_target(to)
+    target, address = parse_target(to), parse_address(listen)
     policy = parse_policy(allow) if allow else ALLOW_ANY
     settings = ServerSettings(answer_refusals=target.http, offer_authorities=not no_ca_names)
-    terms = Terms(load_bundle(client_ca), Purpose.CLIENT, legacy=legacy_certs)
-    snapshot = Snapshot(ServerContext(load_credential(cert, key), terms, settings), policy)
+    now, opens = datetime.now(UTC), None if key_passphrase_file is None else first_line(key_passphrase_file)
+    bundle, credential = load_bundle(client_ca), load_credential(cert, key, opens)
+    check_time(bundle.anchors, now)
+    check_server(credential, now)
+    context = ServerContext(credential, Terms(bundle, Purpose.CLIENT, legacy=legacy_certs), settings)
 
     def ready(url: str) -> dict[str, object]:
         rules = [str(rule) for rule in policy.rules]
         if not as_json:
-            _say(url, target, rules if allow else [f"every client with a certificate of {client_ca}"])
+            say(url, target, rules if allow else [f"every client with a certificate of {client_ca}"])
         return {"url": url, "to": str(target), "allow": rules}
 
-    serve(Serving(snapshot, target, parse_address(listen), ready, as_json))
-
-
-@click.command(
-    "up",
-    epilog=example(
-        "handfast up --to 127.0.0.1:8000",
-        "handfast up --to 127.0.0.1:8000 --name app.internal --allow web --allow 'ops/* GET /status'",
-    ),
-    short_help="Guard an app: authority, certificates and all.",
-)
-@to_option
-@listen_option
-@click.option("--name", "names", multiple=True, help="A host that clients call it by.  [default: this machine's names]")
-@allow_option
-@click.option(
-    "--client", "clients", multiple=True, metavar="NAME", help="A client identity to keep.  [default: client]"
-)
-@click.option("--trust-domain", default=None, help="Of a new authority.  [default: handfast.internal]")
-@click.option("--no-ca-names", is_flag=True, help="Do not tell clients which authorities are accepted.")
-@passphrase_option
-@state_option
-@as_json_option
-def up_(
-    to: str,
-    listen: str,
-    names: tuple[str, ...],
-    allow: tuple[str, ...],
-    clients: tuple[str, ...],
-    trust_domain: str | None,
-    no_ca_names: bool,
-    passphrase_file: Path | None,
-    state: Path | None,
-    as_json: bool,
-) -> None:
-    """Put mutual TLS in front of the app at TARGET: makes an authority if there is none, a server certificate
-    and a client's, listens, and says how to call it.
-
-    Without --allow, every identity of the trust domain is let through: all of them were issued by you.
-    """
-    from handfast.cli.certificates import file_base
-    from handfast.cli.opening import TRUST_DOMAIN, folder_of, founded
-    from handfast.cli.upkeep import ClientFiles, Upkeep
-
-    target, address = parse_target(to), parse_address(listen)
-    folder = folder_of(state)
-    with founded(folder, trust_domain or TRUST_DOMAIN, passphrase_file) as authority:
-        domain = authority.trust_domain
-        policy = parse_policy(allow or (f"spiffe://{domain}/**",), domain)
-        client_names = [parse_name(name, domain) for name in clients or ("client",)]
-        upkeep = Upkeep(
-            authority,
-            policy,
-            ServerSettings(answer_refusals=target.http, offer_authorities=not no_ca_names),
-            _server_names(names, address[0], domain),
-            tuple(ClientFiles(name, folder / "clients" / file_base(name)) for name in client_names),
-        )
-        snapshot = upkeep.snapshot(datetime.now(UTC))
-
-        def ready(url: str) -> dict[str, object]:
-            first = upkeep.clients[0]
-            host, _, port = url.partition("://")[2].rpartition(":")
-            if host in ("0.0.0.0", "[::]"):  # noqa: S104  # compared with, not bound to
-                url = f"{url.partition('://')[0]}://{upkeep.server_names[0].value}:{port}"
-            rules = [str(rule) for rule in policy.rules]
-            files = {"cert": str(first.cert), "key": str(first.key), "p12": str(first.p12)}
-            files |= {"name": str(first.name), "p12_password_file": str(first.p12_password)}
-            if not as_json:
-                _say(url, target, rules)
-                _say_how(url, folder / "root.crt", files, target.http)
-            return {"url": url, "ca": str(folder / "root.crt"), "client": files, "to": str(target), "allow": rules}
-
-        serve(Serving(snapshot, target, address, ready, as_json, upkeep.refresh))
+    serve(Serving(Snapshot(context, policy), target, bind(*address), ready, as_json))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +104,7 @@ class Serving:
 
     snapshot: Snapshot
     target: Target
-    address: tuple[str, int]
+    plug: socket.socket  # bound already, so that nothing is issued for a port that is taken
     ready: Callable[[str], dict[str, object]]
     as_json: bool
     refresh: Callable[[datetime], Snapshot | None] | None = None
@@ -191,7 +127,7 @@ async def _serve(serving: Serving, log: EventLog) -> None:
     loop.set_exception_handler(lambda _loop, context: _report(guard, context))
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    address = await guard.listen(*serving.address)
+    address = await guard.listen(serving.plug)
     scheme = "https" if serving.target.http else "tls"
     event = serving.ready(f"{scheme}://{address}")
     if serving.as_json:
@@ -205,7 +141,8 @@ async def _serve(serving: Serving, log: EventLog) -> None:
     await guard.stop()
     if serving.as_json:
         log.emit("stopped", guard.now, {})
-    else:
+    log.close()
+    if not serving.as_json:
         click.echo("goodbye")
 
 
@@ -224,36 +161,8 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
         uvloop.run(main)
 
 
-def _server_names(names: tuple[str, ...], host: str, trust_domain: str) -> tuple[Name, ...]:
-    """What the server certificate is for: as told, or what this machine is called by."""
-    if names:
-        return tuple(dict.fromkeys(parse_name(name, trust_domain) for name in names))
-    found = ["localhost", "127.0.0.1", "::1", host, socket.gethostname()]
-    good = []
-    for text in found:
-        try:
-            name = parse_name(text) if ":" in text or "." in text else parse_dns(text)
-        except HandfastError:
-            continue
-        if name.value not in ("0.0.0.0", "::"):  # noqa: S104  # compared with, not bound to
-            good.append(name)
-    return tuple(dict.fromkeys(good))
-
-
-def _say_how(url: str, ca: Path, files: dict[str, str], http: bool) -> None:
-    if http:
-        curl = f"curl --cacert {shlex.quote(str(ca))}"
-        click.echo(f"This works, as {files['name']}:")
-        click.echo(f"  {curl} --cert {shlex.quote(files['cert'])} --key {shlex.quote(files['key'])} {url}/\n")
-        click.echo("This is refused, for it shows no certificate:")
-        click.echo(f"  {curl} {url}/\n")
-        click.echo(f"For a browser, import {files['p12']} (its password is in {files['p12_password_file']}).")
-    else:
-        click.echo(f"Clients show the certificate {files['cert']} with the key {files['key']}, and trust {ca}.")
-    click.echo("Another client: handfast issue NAME\n")
-
-
-def _say(url: str, target: Target, allowed: list[str]) -> None:
+def say(url: str, target: Target, allowed: list[str]) -> None:
+    """Say what is guarded, where, and who is let through."""
     click.echo(f"guarding {target} at {url}")
     for line in allowed:
         click.echo(f"  {line}" if line.startswith(("allow", "deny")) else f"  let through: {line}")

@@ -75,22 +75,19 @@ class Guard:
         """The instant by which chains are judged."""
         return datetime.now(UTC)
 
-    async def listen(self, host: str, port: int) -> str:
-        """Begin to serve; return the address in use. Raises Unreachable (GUARD_LISTEN)."""
+    async def listen(self, plug: socket.socket) -> str:
+        """Begin to serve on a socket that `bind` gave; return the address. Raises Unreachable (GUARD_LISTEN)."""
         loop = asyncio.get_running_loop()
+        host, port = plug.getsockname()[:2]
         try:
-            server = await loop.create_server(
-                lambda: Connection(self), host, port, backlog=BACKLOG, reuse_address=os.name == "posix"
-            )
-        except (OSError, UnicodeError) as error:
-            detail = _listen_detail(error)
-            raise Unreachable(Reason.GUARD_LISTEN, address=join_address(host, port), detail=detail) from None
+            server = await loop.create_server(lambda: Connection(self), sock=plug, backlog=BACKLOG)
+        except OSError as error:
+            raise _cannot_listen(host, port, error) from None
         self._servers.append(server)
         if self._ticker is None:
             self._ticker = loop.call_later(TICK, self._tick)
             self._flusher = loop.call_later(FLUSH, self._flush)
-        name = server.sockets[0].getsockname()
-        return join_address(name[0], name[1])
+        return join_address(host, port)
 
     async def stop(self) -> None:
         """Take no more connections, let open requests finish within the drain limit, then end the rest."""
@@ -157,9 +154,29 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _listen_detail(error: OSError | UnicodeError) -> str:
+def bind(host: str, port: int) -> socket.socket:
+    """Take an address for a guard to listen on; who connects waits for it. Raises Unreachable (GUARD_LISTEN)."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        plug = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise _cannot_listen(host, port, error) from None
+    try:
+        if os.name == "posix":
+            plug.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        plug.setblocking(False)
+        plug.bind(address)
+        plug.listen(BACKLOG)  # at once: two that are bound with SO_REUSEADDR would not mind each other until then
+    except OSError as error:
+        plug.close()
+        raise _cannot_listen(host, port, error) from None
+    return plug
+
+
+def _cannot_listen(host: str, port: int, error: OSError | UnicodeError) -> Unreachable:
+    detail = "it is not an address of this machine"
     if isinstance(error, socket.gaierror):
-        return "the host is not known here"
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno).lower()
-    return "it is not an address of this machine"
+        detail = "the host is not known here"
+    elif isinstance(error, OSError) and error.errno:
+        detail = os.strerror(error.errno).lower()
+    return Unreachable(Reason.GUARD_LISTEN, address=join_address(host, port), detail=detail)

@@ -123,7 +123,7 @@ async def _dial(target: Target, owner: Owner, limit: float) -> None:
                 await loop.create_connection(protocol, target.host, target.port)
     except TimeoutError:
         owner.upstream_failed(_down(target, f"no answer in {limit:g} s"))
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):
         owner.upstream_failed(_down(target, "its name is not known"))
     except OSError as error:
         detail = os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from OpenSSL import SSL
 
-from handfast.errors import InvalidInput, Reason
+from handfast.errors import Failure, InvalidInput, Reason, VerificationFailed
 from handfast.files import load_key, read_file
 from handfast.pki.certificates import is_authority, label, parse_certificates
 from handfast.pki.keys import PrivateKey, same_key
@@ -55,3 +58,35 @@ def load_bundle(path: Path) -> TrustBundle:
             detail = f"{label(anchor)} is not an authority's certificate"
             raise InvalidInput(Reason.INPUT_NOT_CERTIFICATE, what=str(path), detail=detail)
     return TrustBundle(anchors)
+
+
+def check_server(credential: Credential, now: datetime) -> None:
+    """Refuse a credential that no client would accept from a server: out of its time, or for another use.
+
+    Raises VerificationFailed (VERIFY_EXPIRED, VERIFY_NOT_YET_VALID, VERIFY_PURPOSE). One that does not say its
+    use passes, as with clients it often does.
+    """
+    leaf = credential.chain[0]
+    check_time((leaf,), now)
+    try:
+        usages = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except x509.ExtensionNotFound:
+        return
+    if not {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE} & set(usages):
+        facts = {"subject": label(leaf), "purpose": "server", "usages": "another"}
+        raise VerificationFailed((Failure(Reason.VERIFY_PURPOSE, facts),))
+
+
+def check_time(certificates: Sequence[x509.Certificate], now: datetime) -> None:
+    """Refuse when none of the certificates is valid now. Raises VerificationFailed."""
+    failures = []
+    for certificate in certificates:
+        begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        if begins <= now <= ends:
+            return
+        if now > ends:
+            failures.append(Failure(Reason.VERIFY_EXPIRED, {"subject": label(certificate), "not_after": ends}))
+        else:
+            facts = {"subject": label(certificate), "not_before": begins}
+            failures.append(Failure(Reason.VERIFY_NOT_YET_VALID, facts))
+    raise VerificationFailed(tuple(failures))

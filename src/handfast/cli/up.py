@@ -1,0 +1,123 @@
+"""The verb `up`: a guard with an authority of our own, in one command."""
+
+from __future__ import annotations
+
+import shlex
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from handfast.cli.certificates import file_base
+from handfast.cli.opening import folder_of, founded
+from handfast.cli.output import as_json_option, example, passphrase_option, state_option
+from handfast.cli.serve import Serving, allow_option, listen_option, no_ca_names_option, say, serve, to_option
+from handfast.cli.upkeep import ClientFiles, Upkeep
+from handfast.errors import HandfastError
+from handfast.guard.places import parse_address, parse_target
+from handfast.guard.service import bind
+from handfast.pki.names import Name, parse_dns, parse_name
+from handfast.policy import parse_policy
+from handfast.tls.server import ServerSettings
+
+
+@click.command(
+    "up",
+    epilog=example(
+        "handfast up --to 127.0.0.1:8000",
+        "handfast up --to 127.0.0.1:8000 --name app.internal --allow web --allow 'ops/* GET /status'",
+    ),
+    short_help="Guard an app: authority, certificates and all.",
+)
+@to_option
+@listen_option
+@click.option("--name", "names", multiple=True, help="A host that clients call it by.  [default: this machine's names]")
+@allow_option
+@click.option(
+    "--client", "clients", multiple=True, metavar="NAME", help="A client identity to keep.  [default: client]"
+)
+@click.option("--trust-domain", default=None, help="Of a new authority.  [default: handfast.internal]")
+@no_ca_names_option
+@passphrase_option
+@state_option
+@as_json_option
+def up_(
+    to: str,
+    listen: str,
+    names: tuple[str, ...],
+    allow: tuple[str, ...],
+    clients: tuple[str, ...],
+    trust_domain: str | None,
+    no_ca_names: bool,
+    passphrase_file: Path | None,
+    state: Path | None,
+    as_json: bool,
+) -> None:
+    """Put mutual TLS in front of the app at TARGET: makes an authority if there is none, a server certificate
+    and a client's, listens, and says how to call it.
+
+    Without --allow, every identity of the trust domain is let through: all of them were issued by you.
+    """
+    target, address = parse_target(to), parse_address(listen)
+    folder, plug = folder_of(state), bind(*address)
+    with plug, founded(folder, trust_domain, passphrase_file) as authority:
+        domain = authority.trust_domain
+        policy = parse_policy(allow or (f"spiffe://{domain}/**",), domain)
+        client_names = [parse_name(name, domain) for name in clients or ("client",)]
+        upkeep = Upkeep(
+            authority,
+            policy,
+            ServerSettings(answer_refusals=target.http, offer_authorities=not no_ca_names),
+            _server_names(names, address[0]),
+            tuple(ClientFiles(name, folder / "clients" / file_base(name)) for name in client_names),
+        )
+        snapshot = upkeep.snapshot(datetime.now(UTC))
+
+        def ready(url: str) -> dict[str, object]:
+            first = upkeep.clients[0]
+            host, _, port = url.partition("://")[2].rpartition(":")
+            if host in ("0.0.0.0", "[::]"):  # noqa: S104  # compared with, not bound to
+                url = f"{url.partition('://')[0]}://{upkeep.server_names[0].value}:{port}"
+            rules = [str(rule) for rule in policy.rules]
+            files = {"cert": str(first.cert), "key": str(first.key), "p12": str(first.p12)}
+            files |= {"name": str(first.name), "p12_password_file": str(first.p12_password)}
+            if not as_json:
+                say(url, target, rules)
+                _say_how(url, folder / "root.crt", files, target.http)
+            return {"url": url, "ca": str(folder / "root.crt"), "client": files, "to": str(target), "allow": rules}
+
+        serve(Serving(snapshot, target, plug, ready, as_json, upkeep.refresh))
+
+
+def _server_names(names: tuple[str, ...], host: str) -> tuple[Name, ...]:
+    """What the server certificate is for: as told, or what this machine is called by."""
+    if names:
+        return tuple(dict.fromkeys(map(_host_name, names)))
+    good = []
+    for text in ("localhost", "127.0.0.1", "::1", host, socket.gethostname()):
+        try:
+            name = _host_name(text)
+        except HandfastError:
+            continue
+        if name.value not in ("0.0.0.0", "::"):  # noqa: S104  # compared with, not bound to
+            good.append(name)
+    return tuple(dict.fromkeys(good))
+
+
+def _host_name(text: str) -> Name:
+    """A name that clients call a server by: a bare word is a host here, not an identity."""
+    return parse_name(text) if ":" in text or "." in text else parse_dns(text)
+
+
+def _say_how(url: str, ca: Path, files: dict[str, str], http: bool) -> None:
+    if http:
+        curl = f"curl --cacert {shlex.quote(str(ca))}"
+        click.echo(f"This works, as {files['name']}:")
+        click.echo(f"  {curl} --cert {shlex.quote(files['cert'])} --key {shlex.quote(files['key'])} {url}/\n")
+        click.echo("This is refused, for it shows no certificate:")
+        click.echo(f"  {curl} {url}/\n")
+        click.echo(f"For a browser, import {files['p12']} (its password is in {files['p12_password_file']}).")
+    else:
+        click.echo(f"Clients show the certificate {files['cert']} with the key {files['key']}, and trust {ca}.")
+    click.echo("Another client: handfast issue NAME\n")
