@@ -23,6 +23,7 @@ VERBS = {
     "demo": False,
     "authority init": True,
     "authority import": True,
+    "authority set": True,
     "authority show": True,
     "issue": True,
     "sign": True,

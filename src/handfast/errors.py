@@ -220,7 +220,9 @@ class Reason(Enum):
     ISSUE_NO_NAME = _issue("no_name", "a {profile} certificate needs at least one name")
     ISSUE_TOO_MANY_NAMES = _issue("too_many_names", "{value} names are asked for; {allowed} are allowed")
     ISSUE_LIFETIME = _issue(
-        "lifetime", "a lifetime of {value} is asked for; this authority allows {allowed} for {profile}"
+        "lifetime",
+        "a lifetime of {value} is asked for; this authority allows {allowed} for {profile}",
+        "ask for less, or allow more: handfast authority set --max-lifetime TIME",
     )
     ISSUE_ISSUER_EXPIRED = _issue(
         "issuer_expired", "the issuer's own certificate expired on {not_after}, so it can sign nothing"

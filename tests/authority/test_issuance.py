@@ -299,3 +299,19 @@ def test_times_are_kept_to_the_second(authority: Authority) -> None:
     (record,) = authority.find("web")
     assert record.not_before == issued.certificate.not_valid_before_utc
     assert record.not_after == issued.certificate.not_valid_after_utc
+
+
+def test_an_authority_may_allow_longer_lives(authority: Authority) -> None:
+    """Eight days are refused until the authority allows them; then they are issued, and nine are not."""
+
+    def ask(days: int) -> timedelta:
+        wanted = order("long", timedelta(days=days))
+        certificate = authority.issue(wanted, authority.authorize(wanted.names, wanted.profile)).certificate
+        return certificate.not_valid_after_utc - certificate.not_valid_before_utc
+
+    assert _refusal(lambda: ask(8)) is Reason.ISSUE_LIFETIME
+    authority.allow_lifetime(timedelta(days=8))
+    assert ask(8) >= timedelta(days=8)
+    assert _refusal(lambda: ask(9)) is Reason.ISSUE_LIFETIME
+    authority.allow_lifetime(timedelta(hours=1))
+    assert _refusal(lambda: ask(1)) is Reason.ISSUE_LIFETIME

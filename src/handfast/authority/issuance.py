@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from functools import cache, cached_property
@@ -132,6 +132,15 @@ class Authority:
             at = above.get(at.issuer.public_bytes(), at)
         return tuple(chain)
 
+    @property
+    def max_leaf_lifetime(self) -> timedelta | None:
+        """The longest life it gives a leaf; None: what the profile says (7 days)."""
+        return self._ledger.max_leaf_lifetime()
+
+    def allow_lifetime(self, lifetime: timedelta, *, now: datetime | None = None) -> None:
+        """Let leaves live as long as this from now on, or shorter than their profile says."""
+        self._ledger.set_max_leaf_lifetime(lifetime, now or utc_now())
+
     def authorize(
         self,
         names: Sequence[Name],
@@ -170,6 +179,7 @@ class Authority:
         """
         at = now or utc_now()
         self._check(order, authorization, at)
+        order = replace(order, max_lifetime=self.max_leaf_lifetime)  # the authority's word, whatever was ordered
         serial = make_serial(self._issuer_id, secrets.token_bytes(16))
         signer = self._signer
         # Building signs nothing, so an order that breaks its profile is refused before anything is written.

@@ -156,6 +156,22 @@ class Ledger:
         with self._reading() as connection:
             return str(connection.execute(select(schema.authority.c.trust_domain)).scalar_one())
 
+    def max_leaf_lifetime(self) -> timedelta | None:
+        """The longest life that this authority gives a leaf; None: what its profile says."""
+        with self._reading() as connection:
+            seconds = connection.execute(select(schema.authority.c.max_leaf_seconds)).scalar_one()
+        return None if seconds is None else timedelta(seconds=seconds)
+
+    def set_max_leaf_lifetime(self, lifetime: timedelta, now: datetime) -> None:
+        """Change the longest life of a leaf, for what is issued from now on."""
+        seconds = int(lifetime.total_seconds())
+        with self._writing() as connection:
+            connection.execute(update(schema.authority).values(max_leaf_seconds=seconds))
+            facts = _json({"max_leaf_seconds": seconds})
+            connection.execute(
+                insert(schema.audit).values(at=_seconds(now), event="authority.max_leaf_lifetime", facts=facts)
+            )
+
     def issuers(self) -> list[IssuerRow]:
         """All certificates of the authority, oldest first."""
         with self._reading() as connection:

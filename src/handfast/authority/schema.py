@@ -31,6 +31,7 @@ authority = Table(
     Column("trust_domain", Text, nullable=False),
     Column("created_at", BigInteger, nullable=False),
     Column("revision", BigInteger, nullable=False),  # grows with every revocation
+    Column("max_leaf_seconds", BigInteger),  # the longest life of a leaf; NULL: what its profile says
     Column("crl_number", BigInteger, nullable=False),  # RFC 5280 5.2.3: it must only ever grow
 )
 issuers = Table(

@@ -22,7 +22,7 @@ from handfast.cli.output import (
 from handfast.pki.certificates import fingerprint, label
 from handfast.pki.keys import KeyType
 from handfast.pki.names import parse_dns, parse_spiffe_id
-from handfast.pki.profiles import PROFILES
+from handfast.pki.profiles import PROFILES, parse_lifetime
 
 ask_option = click.option("--ask-passphrase", is_flag=True, help="Ask for the passphrase of the new keys.")
 trust_domain_option = click.option(
@@ -133,8 +133,23 @@ def show(state: Path | None, as_json: bool) -> None:
         _show(authority, folder_of(state), as_json)
 
 
+@authority_.command("set", epilog=example("handfast authority set --max-lifetime 30d"))
+@click.option("--max-lifetime", required=True, metavar="TIME", help="The longest life of a certificate it issues.")
+@state_option
+@as_json_option
+def set_(max_lifetime: str, state: Path | None, as_json: bool) -> None:
+    """Change how long the certificates may live that it issues from now on. Without this it is 7 days: what is
+    short-lived needs revoking less. Nothing outlives the issuer.
+    """
+    lifetime = parse_lifetime(max_lifetime)
+    with opened(state) as authority:
+        authority.allow_lifetime(lifetime)
+        _show(authority, folder_of(state), as_json)
+
+
 def _show(authority: Authority, folder: Path, as_json: bool, made_with: Passphrase | None = None) -> None:
     root, issuer = authority.trust_bundle()[-1], authority.issuer
+    ceiling = authority.max_leaf_lifetime or PROFILES["client"].max_lifetime
     if as_json:
         print_json(
             {
@@ -147,6 +162,7 @@ def _show(authority: Authority, folder: Path, as_json: bool, made_with: Passphra
                     "not_after": root.not_valid_after_utc.isoformat(),
                 },
                 "issuer": {"name": label(issuer), "not_after": issuer.not_valid_after_utc.isoformat()},
+                "max_leaf_seconds": int(ceiling.total_seconds()),
             }
         )
         return
@@ -154,6 +170,7 @@ def _show(authority: Authority, folder: Path, as_json: bool, made_with: Passphra
     click.echo(f"  root:    {label(root)}, until {root.not_valid_after_utc:%Y-%m-%d}")
     click.echo(f"           sha256 {fingerprint(root)}")
     click.echo(f"  issuer:  {label(issuer)}, until {issuer.not_valid_after_utc:%Y-%m-%d}")
+    click.echo(f"  leaves:  live {ceiling.total_seconds() / 86400:g} days at most")
     click.echo(f"  trust:   {folder / 'root.crt'} is what the other side needs")
     if isinstance(made_with, GeneratedPassphrase):
         click.echo(

@@ -138,7 +138,7 @@ def _fail(failure: Failure, words: list[str], also: tuple[Failure, ...] | None =
 
 def _verb(words: list[str]) -> str:
     known = ["handfast", *words[:1]] if words and words[0] in _VERBS else ["handfast"]
-    if known[-1] == "authority" and words[1:2] and words[1] in ("init", "import", "show"):
+    if known[-1] == "authority" and words[1:2] and words[1] in ("init", "import", "set", "show"):
         known.append(words[1])
     return " ".join(known)
 

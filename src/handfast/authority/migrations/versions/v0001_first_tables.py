@@ -17,6 +17,7 @@ def upgrade() -> None:
         sa.Column("trust_domain", sa.Text, nullable=False),
         sa.Column("created_at", sa.BigInteger, nullable=False),
         sa.Column("revision", sa.BigInteger, nullable=False),
+        sa.Column("max_leaf_seconds", sa.BigInteger),
         sa.Column("crl_number", sa.BigInteger, nullable=False),
     )
     op.create_table(
