@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from handfast.errors import InvalidInput, Reason
+from handfast.guard.http import HttpSession
 from handfast.guard.service import Limits
 from handfast.pki import TrustBundle
 from handfast.pki.revocation import Revocations
@@ -119,6 +120,36 @@ def test_a_bad_change_keeps_what_is_in_force(ca: Ca, ask: Ask) -> None:
         event = guard.events.next("reload")
         assert (event["outcome"], event["reason"]) == ("kept", "input.missing")
         assert b" 200 " in ask(guard, ca.client())
+
+
+def test_a_bug_ends_its_own_connection_and_no_other(
+    ca: Ca, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B8: an exception while judging refuses that peer; the guard goes on, and trust is still looked at."""
+    from handfast.guard import http
+
+    def explode(*_: object) -> None:
+        raise RuntimeError("a bug of ours")
+
+    with App() as app, Running(ca, app.address) as guard:
+        with monkeypatch.context() as broken:
+            broken.setattr(http, "decide_by", explode)
+            assert ask(guard, ca.client()) == b""
+            assert guard.events.next("ended")["reason"] == "bug"
+            assert app.connections == 0
+        assert b" 200 " in ask(guard, ca.client())
+        with _open(guard, ca, ca.client(), tmp_path) as tls:
+            assert _served(tls)
+            with monkeypatch.context() as broken:
+                broken.setattr(HttpSession, "_take_answer", explode)
+                tls.sendall(get(close=False))
+                assert _ended(tls) < 2
+        guard.guard.refresh = explode
+        assert guard.events.next("reload")["reason"] == "bug"
+        leaf = ca.client(not_after=datetime.now(UTC) + timedelta(seconds=2))
+        with _open(guard, ca, leaf, tmp_path) as tls:
+            assert _served(tls)
+            assert _ended(tls) < 4
 
 
 def test_a_stop_lets_requests_finish(ca: Ca, tmp_path: Path) -> None:

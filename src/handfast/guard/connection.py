@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Callable
 from datetime import datetime
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -32,6 +33,7 @@ from handfast.wire.http1 import MAX_HEAD, find_head, plain_response
 if TYPE_CHECKING:
     from handfast.guard.service import Guard
 
+MAX_UNREAD = 4 << 20  # bytes that may wait for a client that does not read; the app is paused long before
 LINGER = 2.0  # seconds for the peer to read why
 LINGER_BYTES = 1 << 18  # and what it may send meanwhile
 
@@ -89,48 +91,49 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
-        try:
-            self._state.received(data)
-        except TlsBroken as broken:
-            self.event("connection", {"decision": "deny"} | told(broken.failure))
-            self.abort()
-        except Exception as bug:
-            self.bug(bug)
+        self._have(self._state.received, data)
 
     def eof_received(self) -> bool:
         """See asyncio.Protocol. True: our side stays open until we have said what there is to say."""
-        try:
-            self._state.ended()
-        except Exception as bug:
-            self.bug(bug)
+        self._have(self._state.ended)
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
         self.guard.connections.discard(self)
         state, self._state = self._state, Gone()
-        state.lost()
+        self._have(state.lost)
 
     def pause_writing(self) -> None:
         """See asyncio.Protocol."""
-        self._state.writable(False)
+        self._have(self._state.writable, False)
 
     def resume_writing(self) -> None:
         """See asyncio.Protocol."""
-        self._state.writable(True)
+        self._have(self._state.writable, True)
 
     # What the guard calls.
 
     def tick(self, moment: float, now: datetime) -> None:
         """Act on the deadline and on the end of trust by time. `moment` is on the clock of `moment()`."""
         if moment >= self.deadline:
-            self._state.expired()
+            self._have(self._state.expired)
         elif self.peer is not None and now >= self.peer.not_after:
             self.end_trust(Failure(Reason.ENDED_EXPIRED))
 
     def recheck(self, now: datetime) -> None:
-        """Act on a new snapshot: a peer that it does not trust is cut off."""
-        if self.peer is not None and (failure := self.guard.snapshot.objection(self.peer, now)) is not None:
+        """Act on a new snapshot: a peer that it does not trust, or cannot judge, is cut off."""
+        if self.peer is None:
+            return
+        try:
+            failure = self.guard.snapshot.objection(self.peer, now)
+            if failure is None and isinstance(self._state, HttpSession | Tunnel):
+                allowed = self._state.allowed_by(self.guard.snapshot.policy)
+                failure = None if allowed else Failure(Reason.ENDED_POLICY)
+        except Exception as bug:
+            self.bug(bug)
+            return
+        if failure is not None:
             self.end_trust(failure)
 
     def drain(self) -> None:
@@ -165,6 +168,12 @@ class Connection(asyncio.Protocol):
         """Go over to another state."""
         self._state = state
 
+    def send(self, records: bytes) -> None:
+        """Send records to the client; one that takes nothing while it makes us write is cut off."""
+        self.transport.write(records)
+        if self.transport.get_write_buffer_size() > MAX_UNREAD:
+            self.abort()
+
     def linger(self) -> None:
         """Say no more, and wait a moment for the peer to read what was said."""
         self.become(Lingering(self))
@@ -175,10 +184,24 @@ class Connection(asyncio.Protocol):
         made |= fields
         self.guard.log.emit(event, self.guard.now, made)
 
+    def _have(self, happen: Callable[..., None], *what: bytes | bool) -> None:
+        """Let something happen to the state. What goes wrong in it ends this connection, and no other."""
+        try:
+            happen(*what)
+        except TlsBroken as broken:
+            self.event("ended" if self.peer else "connection", {"decision": "deny"} | told(broken.failure))
+            self.abort()
+        except Exception as bug:
+            self.bug(bug)
+
     def bug(self, bug: Exception) -> None:
         """Fail closed on what should not happen: refuse, say so, keep serving the others."""
+        if isinstance(bug, TlsBroken):  # it came by way of the app's side
+            self.event("ended", {"decision": "deny"} | told(bug.failure))
+            self.abort()
+            return
         detail = f"{type(bug).__name__}: {bug}"[:200]
-        self.event("connection", {"decision": "deny"} | told(Failure(Reason.BUG, {"detail": detail})))
+        self.event("ended", {"decision": "deny"} | told(Failure(Reason.BUG, {"detail": detail})))
         self.abort()
 
 
@@ -368,6 +391,9 @@ def _admit(connection: Connection, accepted: Accepted) -> None:
         session = HttpSession(connection, peer, accepted.channel, facts)
         connection.become(session)
         session.start()
+        return
+    if guard.log.broken:
+        _refuse(connection, Refused((Failure(Reason.GUARD_LOG_FAILED),), peer.path, accepted.channel, facts))
         return
     decision = decide(guard.snapshot.policy, peer, None)
     rule = None if decision.rule is None else str(decision.rule)

@@ -43,7 +43,13 @@ if TYPE_CHECKING:
 
 _SAFE = frozenset({b"GET", b"HEAD", b"OPTIONS"})  # RFC 9110 9.2.1: asking twice does what asking once does
 # What a proxy says of the client's side; ours replaces whatever the client sent.
-_FORWARDED = frozenset({b"xforwardedfor", b"xforwardedproto", b"forwarded", b"xrealip"})
+_FORWARDED = frozenset(
+    {
+        *(b"xforwardedfor", b"xforwardedproto", b"forwarded", b"xrealip", b"xforwardedhost", b"xforwardedport"),
+        *(b"xforwardedserver", b"xforwardedscheme", b"xforwardedssl", b"xoriginalhost"),
+        *(b"scriptname", b"pathinfo"),  # gunicorn takes these from 127.0.0.1 for its own, and moves the path
+    }
+)
 
 
 @dataclass(slots=True)
@@ -71,7 +77,18 @@ class HttpSession:
     """A connection that may carry requests: it cannot be made without a VerifiedPeer."""
 
     __slots__ = (
-        *("_buffer", "_channel", "_connection", "_count", "_dialling", "_exchange", "_finishing", "_full", "_policy"),
+        *(
+            "_blocked",
+            "_buffer",
+            "_channel",
+            "_closed",
+            "_connection",
+            "_count",
+            "_dialling",
+            "_exchange",
+            "_finishing",
+        ),
+        *("_full", "_head_begun", "_policy"),
         *("_reading", "_requests", "_rules", "_server_name", "_trusted_until", "_unread", "_upstream", "peer"),
     )
 
@@ -89,6 +106,9 @@ class HttpSession:
         self._reading = True
         self._unread = True  # whether the channel may hold plain bytes that were not read yet
         self._finishing = False
+        self._blocked = False  # the way to the client is full
+        self._closed = False  # all is said
+        self._head_begun = False
         self._count = 0
         self._policy: Policy | None = None
         self._rules: list[Rule] = []  # of that policy, about this peer
@@ -119,11 +139,15 @@ class HttpSession:
 
     def writable(self, yes: bool) -> None:
         """The way to the client is full, or free again: read the app as fast as the client takes."""
+        self._blocked = not yes
         if self._upstream is not None and self._upstream.usable:
             if yes:
                 self._upstream.transport.resume_reading()
             else:
                 self._upstream.transport.pause_reading()
+        if yes:
+            self._advance()
+            self._pump()
 
     def lost(self) -> None:
         """The client is gone."""
@@ -156,6 +180,14 @@ class HttpSession:
         if self._exchange is None and not self._buffer:
             self._close()
 
+    def allowed_by(self, policy: Policy) -> bool:
+        """Whether a new policy allows what is under way: a websocket goes on; another request is judged anyway."""
+        exchange = self._exchange
+        if exchange is None or not exchange.tunnel:
+            return True
+        request = Request(exchange.head.method, exchange.head.path)
+        return decide_by(rules_about(policy, self.peer), request).allowed
+
     def _pump(self) -> None:
         """Take plain bytes while there is somewhere to put them."""
         while self._unread and self._hungry():
@@ -163,6 +195,8 @@ class HttpSession:
             self._unread = self._channel.more
             self._buffer += plain
             self._advance()
+        if self._closed:
+            return
         self._flush()
         if self._channel.at_eof:
             self._client_ended()
@@ -170,8 +204,10 @@ class HttpSession:
 
     def _hungry(self) -> bool:
         exchange = self._exchange
-        if self._full or self._connection.transport.is_closing():
+        if self._closed or self._full or self._connection.transport.is_closing():
             return False
+        if self._blocked and (exchange is None or exchange.body.done):
+            return False  # it does not read our answers: no more of its requests
         if exchange is None or (not exchange.tunnel and not exchange.body.done):
             return exchange is None or not exchange.waiting
         if exchange.tunnel:
@@ -189,10 +225,10 @@ class HttpSession:
 
     def _advance(self) -> None:
         """Use what is in the buffer, as far as its turn has come."""
-        while self._buffer:
+        while self._buffer and not self._closed:
             exchange = self._exchange
             if exchange is None:
-                if not self._next_request():
+                if self._blocked or not self._next_request():
                     return
             elif exchange.tunnel:
                 data, self._buffer = self._buffer, b""
@@ -210,7 +246,8 @@ class HttpSession:
         try:
             end = find_head(self._buffer)
             if end < 0:
-                if not self._count or self._connection.deadline > self._connection.moment() + guard.limits.head:
+                if not self._head_begun:  # once: a byte now and then buys no more time
+                    self._head_begun = True
                     self._connection.set_deadline(guard.limits.head)
                 return False
             head = self._requests.parse(self._buffer[:end])
@@ -218,6 +255,7 @@ class HttpSession:
             self._refuse(error.failure)
             return False
         self._buffer = self._buffer[end:]
+        self._head_begun = False
         self._count += 1
         policy = guard.snapshot.policy
         failure = self._objection(head, policy)
@@ -226,7 +264,7 @@ class HttpSession:
             return False
         if policy is not self._policy:  # a new snapshot reaches the next request
             self._policy, self._rules = policy, rules_about(policy, self.peer)
-            self._requests.strip_by(_strip_override if policy.judges_paths else _strip)
+            self._requests.strip_by(_strip_override if policy.judges_requests else _strip)
         decision = decide_by(self._rules, Request(head.method, head.path))
         if not decision.allowed:
             return self._deny(head, decision)
@@ -316,6 +354,8 @@ class HttpSession:
             upstream.drop()
             return
         self._upstream = upstream
+        if self._blocked:
+            upstream.transport.pause_reading()
         waiting, exchange.waiting = exchange.waiting, []
         upstream.transport.write(b"".join(waiting))
         self._advance()
@@ -347,11 +387,15 @@ class HttpSession:
 
     def upstream_ended(self) -> None:
         """See Owner."""
-        self._upstream_gone()
+        self._upstream_gone(reset=False)
 
-    def upstream_lost(self) -> None:
+    def upstream_lost(self, reset: bool) -> None:
         """See Owner."""
-        self._upstream_gone()
+        self._upstream_gone(reset=reset)
+
+    def upstream_bug(self, bug: Exception) -> None:
+        """See Owner."""
+        self._connection.bug(bug)
 
     def upstream_writable(self, yes: bool) -> None:
         """See Owner."""
@@ -384,7 +428,8 @@ class HttpSession:
                 piece, used = exchange.response_body.feed(data)
                 out.append(piece)
                 data = data[used:]
-            self._connection.set_deadline(limits.idle)
+            if not exchange.tunnel:
+                self._connection.set_deadline(limits.idle)
         whole = b"".join(out) if len(out) != 1 else out[0]
         exchange.bytes_out += len(whole)
         if whole:
@@ -432,7 +477,7 @@ class HttpSession:
         else:
             self._connection.set_deadline(self._connection.guard.limits.idle)
 
-    def _upstream_gone(self) -> None:
+    def _upstream_gone(self, *, reset: bool) -> None:
         """The app closed its side: the end of an answer, or a failure."""
         exchange = self._exchange
         self._drop_upstream()
@@ -444,7 +489,7 @@ class HttpSession:
         elif exchange.response is None:
             facts = {"target": str(self._connection.guard.target), "detail": "it closed without an answer"}
             self._fail(Failure(Reason.UPSTREAM_DOWN, facts))
-        elif exchange.response.body is BodyKind.UNTIL_CLOSE or exchange.tunnel:
+        elif not reset and (exchange.response.body is BodyKind.UNTIL_CLOSE or exchange.tunnel):
             exchange.keep = False
             self._done(exchange, reusable=False)
         else:  # cut short: the client must see that it is
@@ -487,7 +532,8 @@ class HttpSession:
         self._flush()
 
     def _close(self) -> None:
-        self._buffer = b""
+        """Nothing that still comes on this connection is a request (it may be the rest of a refused one's body)."""
+        self._closed, self._buffer = True, b""
         self._drop_upstream()
         if self._connection.transport.is_closing():
             return
@@ -506,7 +552,7 @@ class HttpSession:
 
     def _flush(self) -> None:
         if records := self._channel.take():
-            self._connection.transport.write(records)
+            self._connection.send(records)
 
     def _drop_upstream(self, *, cut: bool = False) -> None:
         self._full = False

@@ -16,7 +16,7 @@ from time import monotonic
 
 from handfast.errors import Failure, HandfastError, Reason, Unreachable
 from handfast.guard.connection import Connection
-from handfast.guard.events import EventLog
+from handfast.guard.events import EventLog, told
 from handfast.guard.places import Target, join_address
 from handfast.pki.verification import VerifiedPeer, still_trusted
 from handfast.policy import Policy, admits
@@ -141,6 +141,11 @@ class Guard:
                 self._reload_failure = str(error)
                 kept = {"outcome": "kept", "reason": error.reason.code, "detail": str(error)}
                 self.log.emit("reload", self.now, kept)
+        except Exception as bug:  # ours; time and trust must go on being looked at
+            if self._reload_failure != repr(bug):
+                self._reload_failure = repr(bug)
+                failure = Failure(Reason.BUG, {"detail": repr(bug)[:200]})
+                self.log.emit("reload", self.now, {"outcome": "kept"} | told(failure))
 
 
 def raise_descriptor_limit() -> None:

@@ -9,6 +9,7 @@ from handfast.errors import Failure
 from handfast.guard.events import told
 from handfast.guard.upstream import Upstream, dial
 from handfast.pki.verification import VerifiedPeer
+from handfast.policy import Policy, decide
 from handfast.tls.server import Channel
 
 if TYPE_CHECKING:
@@ -19,7 +20,18 @@ class Tunnel:
     """A connection that was allowed as a whole. Backpressure: each side is read only while the other takes."""
 
     __slots__ = (
-        *("_answered", "_asked", "_channel", "_connection", "_dialling", "_full", "_in", "_out", "_upstream"),
+        *(
+            "_answered",
+            "_asked",
+            "_blocked",
+            "_channel",
+            "_connection",
+            "_dialling",
+            "_full",
+            "_in",
+            "_out",
+            "_upstream",
+        ),
         "peer",
     )
 
@@ -30,6 +42,7 @@ class Tunnel:
         self._upstream: Upstream | None = None
         self._dialling: asyncio.Task[None] | None = None
         self._full = True  # nothing is read from the client until there is somewhere to put it
+        self._blocked = False  # the way to the client is full
         self._asked = self._answered = False  # whether the client, and the app, said that they send no more
         self._in = self._out = 0  # bytes, as the app reads and writes them
 
@@ -54,6 +67,7 @@ class Tunnel:
 
     def writable(self, yes: bool) -> None:
         """The way to the client is full, or free again."""
+        self._blocked = not yes
         if self._upstream is not None and self._upstream.usable:
             _flow(self._upstream.transport, yes)
 
@@ -71,12 +85,18 @@ class Tunnel:
     def finish(self) -> None:
         """A tunnel goes on until the drain limit."""
 
+    def allowed_by(self, policy: Policy) -> bool:
+        """Whether a new policy allows what is under way."""
+        return decide(policy, self.peer, None).allowed
+
     # The app's side.
 
     def upstream_open(self, upstream: Upstream) -> None:
         """See Owner."""
         self._upstream = upstream
         self._full = False
+        if self._blocked:
+            upstream.transport.pause_reading()
         self._connection.transport.resume_reading()
         self._pump()
 
@@ -89,7 +109,7 @@ class Tunnel:
         """See Owner."""
         self._out += len(data)
         self._channel.write(data)
-        self._connection.transport.write(self._channel.take())
+        self._connection.send(self._channel.take())
 
     def upstream_ended(self) -> None:
         """See Owner. Half-closed: the client may still send."""
@@ -99,11 +119,19 @@ class Tunnel:
         self._answered = True
         self._channel.close()
         if records := self._channel.take():
-            self._connection.transport.write(records)
+            self._connection.send(records)
 
-    def upstream_lost(self) -> None:
+    def upstream_lost(self, reset: bool) -> None:
         """See Owner."""
-        self._close()
+        if reset:  # no close_notify: the client must not take it for the end
+            self._upstream = None
+            self._connection.abort()
+        else:
+            self._close()
+
+    def upstream_bug(self, bug: Exception) -> None:
+        """See Owner."""
+        self._connection.bug(bug)
 
     def upstream_writable(self, yes: bool) -> None:
         """See Owner."""
@@ -127,7 +155,7 @@ class Tunnel:
                 self._close()
                 return
         if records := self._channel.take():  # answers of TLS itself, as to a KeyUpdate
-            self._connection.transport.write(records)
+            self._connection.send(records)
 
     def _log_end(self) -> None:
         took = round((self._connection.moment() - self._connection.opened) * 1000, 1)
@@ -139,7 +167,7 @@ class Tunnel:
             self._upstream = None
         self._channel.close()
         if records := self._channel.take():
-            self._connection.transport.write(records)
+            self._connection.send(records)
         if not self._connection.transport.is_closing():
             self._connection.transport.resume_reading()
             self._log_end()

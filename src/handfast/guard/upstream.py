@@ -9,6 +9,7 @@ import asyncio
 import os
 import socket
 import struct
+from collections.abc import Callable
 from typing import Protocol, cast
 
 from handfast.errors import Failure, Reason
@@ -32,11 +33,14 @@ class Owner(Protocol):
     def upstream_ended(self) -> None:
         """The app sends no more; it may still read."""
 
-    def upstream_lost(self) -> None:
-        """It is closed, by whomever."""
+    def upstream_lost(self, reset: bool) -> None:
+        """It is closed; `reset`: in the midst of things, so what came may be cut short."""
 
     def upstream_writable(self, yes: bool) -> None:
         """The way to the app is full, or free again."""
+
+    def upstream_bug(self, bug: Exception) -> None:
+        """One of the others raised what it should not: fail closed."""
 
 
 class Upstream(asyncio.Protocol):
@@ -55,30 +59,30 @@ class Upstream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
-        if self._owner is not None:
-            self._owner.upstream_data(data)
+        if (owner := self._owner) is not None:
+            _tell(owner, owner.upstream_data, data)
 
     def eof_received(self) -> bool:
         """See asyncio.Protocol."""
-        if self._owner is not None:
-            self._owner.upstream_ended()
+        if (owner := self._owner) is not None:
+            _tell(owner, owner.upstream_ended)
         return self._owner is not None
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
         owner, self._owner = self._owner, None
         if owner is not None:
-            owner.upstream_lost()
+            _tell(owner, owner.upstream_lost, exc is not None)
 
     def pause_writing(self) -> None:
         """See asyncio.Protocol."""
-        if self._owner is not None:
-            self._owner.upstream_writable(False)
+        if (owner := self._owner) is not None:
+            _tell(owner, owner.upstream_writable, False)
 
     def resume_writing(self) -> None:
         """See asyncio.Protocol."""
-        if self._owner is not None:
-            self._owner.upstream_writable(True)
+        if (owner := self._owner) is not None:
+            _tell(owner, owner.upstream_writable, True)
 
     @property
     def usable(self) -> bool:
@@ -102,6 +106,13 @@ class Upstream(asyncio.Protocol):
         self.transport.abort()
 
 
+def _tell(owner: Owner, what: Callable[..., None], *news: bytes | bool | Failure | Upstream) -> None:
+    try:
+        what(*news)
+    except Exception as bug:
+        owner.upstream_bug(bug)
+
+
 def dial(target: Target, owner: Owner, limit: float) -> asyncio.Task[None]:
     """Open a connection to the app for `owner`, which hears how it went. Cancel the task to give up."""
     return asyncio.get_running_loop().create_task(_dial(target, owner, limit))
@@ -122,14 +133,14 @@ async def _dial(target: Target, owner: Owner, limit: float) -> None:
             else:
                 await loop.create_connection(protocol, target.host, target.port)
     except TimeoutError:
-        owner.upstream_failed(_down(target, f"no answer in {limit:g} s"))
+        _tell(owner, owner.upstream_failed, _down(target, f"no answer in {limit:g} s"))
     except (socket.gaierror, UnicodeError):
-        owner.upstream_failed(_down(target, "its name is not known"))
+        _tell(owner, owner.upstream_failed, _down(target, "its name is not known"))
     except OSError as error:
         detail = os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error)
-        owner.upstream_failed(_down(target, detail))
+        _tell(owner, owner.upstream_failed, _down(target, detail))
     else:
-        owner.upstream_open(made[-1])
+        _tell(owner, owner.upstream_open, made[-1])
 
 
 def _down(target: Target, detail: str) -> Failure:

@@ -71,6 +71,8 @@ class Policy:
     others: tuple[int, ...] = field(init=False, repr=False, compare=False)
     # Whether any rule depends on the path: an ambiguous one must then be refused before it is judged.
     judges_paths: bool = field(init=False, repr=False, compare=False)
+    # Whether any rule depends on path or method: no header may then tell the app another one.
+    judges_requests: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         named: dict[Name, list[int]] = {}
@@ -82,7 +84,9 @@ class Policy:
                 named.setdefault(rule.who.exact, []).append(at)
         object.__setattr__(self, "named", named)
         object.__setattr__(self, "others", tuple(others))
-        object.__setattr__(self, "judges_paths", any(rule.path is not None for rule in self.rules))
+        paths, methods = [rule.path is not None for rule in self.rules], [bool(rule.methods) for rule in self.rules]
+        object.__setattr__(self, "judges_paths", any(paths))
+        object.__setattr__(self, "judges_requests", any(paths) or any(methods))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ pyOpenSSL has no way to ask for none; with OP_NO_TICKET and no session cache the
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -57,7 +58,16 @@ def engine_version() -> str:
 # to pyOpenSSL; they stand in this file alone, and tests/tls hold them.
 _lib, _ffi = SSL._lib, SSL._ffi  # type: ignore[attr-defined]  # see above
 _BUFFER_SIZE = 1 << 18
-_buffer = _ffi.new("char[]", _BUFFER_SIZE)  # one event loop, one thread: nothing stays in it between calls
+
+
+class _Room(threading.local):
+    """Where bytes cross; nothing stays in it between calls. One for each thread: OpenSSL's calls let others run."""
+
+    def __init__(self) -> None:
+        self.buffer = _ffi.new("char[]", _BUFFER_SIZE)
+
+
+_room = _Room()
 
 
 class Channel:
@@ -86,22 +96,22 @@ class Channel:
         self.more = False
         if self.at_eof:
             return b""
-        size = 0
+        size, buffer = 0, _room.buffer
         _lib.ERR_clear_error()  # SSL_get_error reads the thread's queue, whoever left something in it
         while size < _BUFFER_SIZE:  # each call gives one record's bytes at most
-            got = _lib.SSL_read(self._ssl, _buffer + size, _BUFFER_SIZE - size)
+            got = _lib.SSL_read(self._ssl, buffer + size, _BUFFER_SIZE - size)
             if got <= 0:
                 error = _lib.SSL_get_error(self._ssl, got)
                 if error == _lib.SSL_ERROR_WANT_READ:
                     break
-                self.at_eof = True
-                if error != _lib.SSL_ERROR_ZERO_RETURN:
+                if error != _lib.SSL_ERROR_ZERO_RETURN:  # broken is not ended: the stream may have been cut
                     raise TlsBroken(self._failure(got))
+                self.at_eof = True
                 break
             size += got
         else:
             self.more = True
-        return bytes(_ffi.buffer(_buffer, size)) if size else b""
+        return bytes(_ffi.buffer(buffer, size)) if size else b""
 
     def write(self, plain: bytes) -> None:
         """Encrypt; `take` has the records. Raises TlsBroken."""
@@ -295,9 +305,9 @@ def _on_certificate(connection: SSL.Connection, certificate: X509, error: int, d
 
 
 def _take(bio: Any) -> bytes:
-    pieces = []
-    while (got := _lib.BIO_read(bio, _buffer, _BUFFER_SIZE)) > 0:
-        pieces.append(bytes(_ffi.buffer(_buffer, got)))
+    pieces, buffer = [], _room.buffer
+    while (got := _lib.BIO_read(bio, buffer, _BUFFER_SIZE)) > 0:
+        pieces.append(bytes(_ffi.buffer(buffer, got)))
         if got < _BUFFER_SIZE:
             break
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)

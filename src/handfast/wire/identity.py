@@ -76,7 +76,11 @@ IDENTITY_PREFIXES = (
 
 # With these a client asks the app to see another method or path than the one that the rules judged.
 OVERRIDE_HEADERS = frozenset(
-    {b"xhttpmethodoverride", b"xhttpmethod", b"xmethodoverride", b"xoriginalurl", b"xrewriteurl", b"xoriginalmethod"}
+    {
+        *(b"xhttpmethodoverride", b"xhttpmethod", b"xmethodoverride", b"xoriginalmethod", b"xforwardedmethod"),
+        *(b"xoriginalurl", b"xrewriteurl", b"xforwardeduri", b"xforwardedpath", b"xforwardedprefix"),
+        *(b"xscriptname", b"xenvoyoriginalpath"),
+    }
 )
 
 _DROPPED = bytes(octet for octet in range(256) if not chr(octet).isascii() or not chr(octet).isalnum())
