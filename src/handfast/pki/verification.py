@@ -36,7 +36,7 @@ from handfast.pki.constraints import forbidden_by
 from handfast.pki.names import Kind, Name
 from handfast.pki.revocation import NO_REVOCATIONS, CrlSet, Revocations
 
-MAX_CHAIN = 10  # certificates a peer may present; a longer chain is refused unread (GUARD: verifier floods)
+MAX_CHAIN = 10  # certificates a peer may present; more are refused unread (CVE-2023-0464 and its kin)
 
 # SHA-1 and older: RFC 9155, RFC 6151. A root's signature on itself proves nothing and is not looked at.
 _BROKEN_HASHES = frozenset({"md2", "md4", "md5", "sha1"})

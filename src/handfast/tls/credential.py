@@ -54,7 +54,7 @@ def load_bundle(path: Path) -> TrustBundle:
     """Read a trust bundle: certificates of authorities. Raises InvalidInput, also for one that is no authority."""
     anchors = parse_certificates(read_file(path, "certificate file"), str(path))
     for anchor in anchors:
-        if not is_authority(anchor):  # a leaf as an anchor would vouch for itself (GUARD D9)
+        if not is_authority(anchor):  # a leaf as an anchor would vouch for itself
             detail = f"{label(anchor)} is not an authority's certificate"
             raise InvalidInput(Reason.INPUT_NOT_CERTIFICATE, what=str(path), detail=detail)
     return TrustBundle(anchors)
