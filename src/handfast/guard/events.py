@@ -60,7 +60,8 @@ class EventLog:
         self._pretty = pretty
         self._lines: list[bytes] = []
         self._batches: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._pending = 0  # bytes handed over and not written yet
+        self._handed = 0  # bytes, counted by the event loop alone
+        self._written = 0  # bytes, counted by the writing thread alone
         self._thread = threading.Thread(target=self._write_all, name="handfast-log", daemon=True)
         self._thread.start()
 
@@ -82,10 +83,10 @@ class EventLog:
             return
         batch = b"".join(self._lines)
         self._lines.clear()
-        if self._pending + len(batch) > MAX_PENDING:
+        if self._handed - self._written + len(batch) > MAX_PENDING:
             self.broken = True
             return
-        self._pending += len(batch)
+        self._handed += len(batch)
         self._batches.put(batch)
 
     def close(self) -> None:
@@ -102,7 +103,7 @@ class EventLog:
                 self.broken = False
             except (OSError, ValueError):
                 self.broken = True
-            self._pending -= len(batch)
+            self._written += len(batch)
 
 
 def told(failure: Failure) -> dict[str, Any]:
