@@ -63,7 +63,7 @@ class State(Protocol):
 class Connection(asyncio.Protocol):
     """The transport's side: owns the socket, the deadline and the id; the state does the rest."""
 
-    __slots__ = ("_checked", "_state", "address", "deadline", "guard", "id", "opened", "peer", "transport", "who")
+    __slots__ = ("_state", "address", "deadline", "guard", "id", "opened", "peer", "transport", "who")
 
     transport: asyncio.Transport
 
@@ -188,16 +188,13 @@ class Connection(asyncio.Protocol):
         """Let something happen to the state. What goes wrong in it ends this connection, and no other."""
         try:
             happen(*what)
-        except TlsBroken as broken:
-            self.event("ended" if self.peer else "connection", {"decision": "deny"} | told(broken.failure))
-            self.abort()
         except Exception as bug:
             self.bug(bug)
 
     def bug(self, bug: Exception) -> None:
         """Fail closed on what should not happen: refuse, say so, keep serving the others."""
-        if isinstance(bug, TlsBroken):  # it came by way of the app's side
-            self.event("ended", {"decision": "deny"} | told(bug.failure))
+        if isinstance(bug, TlsBroken):  # no bug of ours: the client's records do not decrypt
+            self.event("ended" if self.peer else "connection", {"decision": "deny"} | told(bug.failure))
             self.abort()
             return
         detail = f"{type(bug).__name__}: {bug}"[:200]

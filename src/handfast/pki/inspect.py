@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from datetime import timedelta
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -22,6 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 from handfast.errors import HandfastError, InvalidInput, IssuanceRefused, Reason
 from handfast.pki import der
 from handfast.pki.certificates import (
+    UNREADABLE,
     certificate_names,
     fingerprint,
     forbidden_names,
@@ -40,15 +40,7 @@ Facts = dict[str, object]
 _PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----.+?-----END \1-----", re.S)
 _MOST_OBJECTS = 1000  # of one file that are shown
 _APPLE_LIMIT = timedelta(days=825)  # support.apple.com/en-us/103769: also for authorities of one's own
-_UNREADABLE = (
-    InvalidInput,
-    ValueError,
-    TypeError,  # a subject of odd string types
-    UnsupportedAlgorithm,
-    x509.DuplicateExtension,
-    x509.InvalidVersion,
-    x509.UnsupportedGeneralNameType,
-)
+_UNREADABLE = (InvalidInput, *UNREADABLE)
 
 _PURPOSES = {
     ExtendedKeyUsageOID.SERVER_AUTH: "server",

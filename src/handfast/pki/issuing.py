@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 
 from handfast.errors import InvalidInput, IssuanceRefused, Reason
-from handfast.pki.certificates import certificate_names, is_authority, label
+from handfast.pki.certificates import UNREADABLE, certificate_names, is_authority, label
 from handfast.pki.constraints import forbidden_by, subtree
 from handfast.pki.keys import PrivateKey, PublicKey, key_id, key_type_of, same_key, weakness
 from handfast.pki.names import Kind, Name, general_name, parse_name, printable
@@ -237,7 +236,7 @@ def _check_issuer(issuer: Issuer, order: Order, names: Sequence[Name], subject: 
             (name for above in (certificate, *issuer.chain) for name in forbidden_by(above, names, subject)), None
         )
         public, has_subject = certificate.public_key(), bool(certificate.subject)
-    except (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+    except UNREADABLE:
         raise _not_a_ca(certificate, "its extensions, subject or key cannot be read") from None
     if not is_authority(certificate):
         raise _not_a_ca(certificate, "its basic constraints do not say so")

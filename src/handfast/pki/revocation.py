@@ -16,7 +16,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from handfast.errors import Failure, InvalidInput, IssuanceRefused, Reason
-from handfast.pki.certificates import label, serial_text
+from handfast.pki.certificates import UNREADABLE, label, serial_text
 from handfast.pki.issuing import Issuer, authority_key_id, signature_hash
 from handfast.pki.profiles import BACKDATE
 
@@ -89,7 +89,7 @@ class CrlSet:
                 return Failure(Reason.VERIFY_CRL_MISSING, facts)
             found = self._signed_by(name, issuer)
             allowed = _may_sign_lists(issuer)
-        except (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        except UNREADABLE:
             return _invalid(facts, "the issuer's certificate cannot be read")
         if found is None:
             # A signature of a broken kind does not verify, so that is said first.
@@ -188,7 +188,7 @@ def _flaw(crl: x509.CertificateRevocationList) -> str:
         # RFC 5280 5.2: issuingDistributionPoint (partial or indirect) and deltaCRLIndicator are critical.
         critical = [extension.oid for extension in crl.extensions if extension.critical]
         critical += [extension.oid for entry in crl for extension in entry.extensions if extension.critical]
-    except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+    except UNREADABLE:
         return "it cannot be read"
     return f"it has a critical extension that is not understood ({critical[0].dotted_string})" if critical else ""
 

@@ -9,7 +9,7 @@ from OpenSSL import SSL
 
 from handfast.tls.credential import Credential
 from handfast.tls.reasons import handshake_failure
-from handfast.tls.server import READ_SIZE, Channel, TlsBroken, write_whole
+from handfast.tls.server import Channel, TlsBroken, write_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class ClientHandshake:
     def take(self) -> bytes:
         """Return the records that wait to be sent."""
         try:
-            return self._connection.bio_read(READ_SIZE)
+            return self._connection.bio_read(1 << 16)
         except SSL.WantReadError:
             return b""
 

@@ -32,8 +32,6 @@ from handfast.pki.verification import MAX_CHAIN, Judgement, Terms, VerifiedPeer,
 from handfast.tls.credential import Credential
 from handfast.tls.reasons import handshake_failure, path_detail
 
-READ_SIZE = 1 << 16
-
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
