@@ -19,7 +19,24 @@ ALLOWED = {
     "tls": {"errors", "pki", "policy", "wire", "files"},
     "authority": {"errors", "pki", "policy", "wire", "files", "tls"},
     "guard": {"errors", "pki", "policy", "wire", "files", "tls"},
-    "cli": {"errors", "pki", "policy", "wire", "files", "tls", "authority", "guard"},
+    "connector": {"errors", "pki", "policy", "wire", "files", "tls", "guard"},
+    "testing": {"errors", "pki", "policy", "wire", "files", "tls"},
+    "audit": {"errors", "pki", "policy", "wire", "files", "tls", "testing"},
+    "explain": {"errors", "pki", "policy", "wire", "files", "tls"},
+    "cli": {
+        "errors",
+        "pki",
+        "policy",
+        "wire",
+        "files",
+        "tls",
+        "authority",
+        "guard",
+        "connector",
+        "testing",
+        "audit",
+        "explain",
+    },
 }
 PURE = ("pki", "policy", "wire", "errors")
 # Modules that reach the world, and names that read a clock, the environment or a random source.

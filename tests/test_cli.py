@@ -20,6 +20,8 @@ from tests.support.certs import Ca, Leaf
 VERBS = {
     "up": True,
     "guard": False,
+    "connect": True,
+    "curl": True,
     "demo": False,
     "authority init": True,
     "authority import": True,
@@ -33,6 +35,9 @@ VERBS = {
     "export": True,
     "inspect": False,
     "verify": False,
+    "explain": True,
+    "status": False,
+    "audit": True,
     "version": False,
 }
 

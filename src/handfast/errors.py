@@ -68,6 +68,19 @@ def _tls(code: str, message: str, hint: str = "", http: int = 0) -> Row:
     return Row(f"tls.{code}", message, hint, Exit.REFUSED, http)
 
 
+def _limit(code: str, message: str) -> Row:
+    hint = "if that is wanted, raise {setting} of the listener {listener}; if not, look at what calls"
+    return Row(f"limit.{code}", message, hint, Exit.REFUSED, 429)  # RFC 6585 4
+
+
+def _seen(code: str, message: str, hint: str = "") -> Row:
+    return Row(f"seen.{code}", message, hint, Exit.REFUSED)
+
+
+def _assertion(code: str, message: str, hint: str = "") -> Row:
+    return Row(f"assertion.{code}", message, hint, Exit.REFUSED, 401)
+
+
 class Reason(Enum):
     """Every reason that handfast gives; the value is its table row."""
 
@@ -137,6 +150,17 @@ class Reason(Enum):
         "{cert} is not self-signed, and the certificates up to its root were not given ({detail})",
         "give the authorities above it in one PEM file: --chain F",
     )
+    INPUT_CONFIG = _input("config", "{path}: {detail}", "every key, and an example: docs/howto/configure-the-guard.md")
+    INPUT_NOT_CAPTURE = _input(
+        "not_capture",
+        "{what} is no recording of a network ({detail})",
+        "one is made by: tcpdump -w FILE, or --pcap FILE",
+    )
+    INPUT_NO_HANDSHAKE = _input(
+        "no_handshake", "{what} holds no TLS connection", "was it recorded from the connection's beginning?"
+    )
+    INPUT_REASON = _input("reason", "no reason is called {value!r}", "see all of them: handfast explain --reason list")
+    INPUT_JWKS = _input("jwks", "this is no set of keys that assertions are checked with (RFC 7517)")
 
     # What a chain proves, or does not.
     VERIFY_NO_CERTIFICATE = _verify(
@@ -195,6 +219,9 @@ class Reason(Enum):
     VERIFY_CA_AS_LEAF = _verify("ca_as_leaf", "{subject} is an authority's certificate; it cannot be used as a peer's")
     VERIFY_PATH_LENGTH = _verify("path_length", "the chain below {issuer} is longer than it allows ({limit})")
     VERIFY_CHAIN_TOO_LONG = _verify("chain_too_long", "the chain has {count} certificates, more than {limit}")
+    VERIFY_DEPTH = _verify(
+        "depth", "{count} authorities stand between {subject} and its root; {limit} may", "raise --verify-depth"
+    )
     VERIFY_WEAK_KEY = _verify("weak_key", "the key of {subject} is too weak: {detail}")
     VERIFY_WEAK_HASH = _verify("weak_hash", "{subject} is signed with {hash}, which is broken")
     VERIFY_CRITICAL_EXTENSION = _verify(
@@ -301,6 +328,8 @@ class Reason(Enum):
         403,
     )
 
+    POLICY_OPEN_ROUTE = Row("policy.open_route", "the route is open to clients without a certificate", "", Exit.OK)
+
     # HTTP between a client and the guard.
     HTTP_REQUEST_LINE = _http("request_line", "the request line is not HTTP/1.1")
     HTTP_VERSION = _http("version", "only HTTP/1.1 and HTTP/1.0 are spoken here", 505)
@@ -312,14 +341,23 @@ class Reason(Enum):
     HTTP_TARGET = _http("target", "the request target is malformed or not in origin form")
     HTTP_AMBIGUOUS_PATH = _http("ambiguous_path", "the path can be read in two ways, so no path rule can judge it")
     HTTP_MISDIRECTED = _http("misdirected", "the Host header and the TLS server name differ", 421)
+    HTTP_NO_ROUTE = _http("no_route", "no route covers the request", 404)
     HTTP_HEAD_TOO_LARGE = _http("head_too_large", "the request head is larger than {limit} bytes", 431)
     HTTP_EXPECTATION = _http("expectation", "only Expect: 100-continue is understood", 417)
+    HTTP_BODY_TOO_LARGE = _http("body_too_large", "the request's body is larger than {limit} bytes", 413)
     HTTP_TIMEOUT = _http("timeout", "the request did not arrive in time", 408)
     HTTP_TOO_MANY_HEADERS = _http("too_many_headers", "the request has more than {limit} header lines", 431)
 
     # The app behind the guard.
     UPSTREAM_DOWN = Row(
         "upstream.down", "the app at {target} cannot be reached ({detail})", "start it", Exit.UNREACHABLE, 502
+    )
+    UPSTREAM_TLS = Row(
+        "upstream.tls",
+        "no TLS with {target}: {detail}",
+        "look at it: handfast inspect HOST:PORT; trust its authority with ca = FILE, name it with server_name or expect",
+        Exit.UNREACHABLE,
+        502,
     )
     UPSTREAM_TIMEOUT = Row(
         "upstream.timeout", "the app at {target} did not answer in {limit} s", "", Exit.UNREACHABLE, 504
@@ -340,8 +378,49 @@ class Reason(Enum):
     TLS_VERSION = _tls("version", "the client offers no TLS version that is allowed here", "TLS 1.3 is asked for")
     TLS_NO_COMMON = _tls("no_common", "client and server share no {what}")
     TLS_BAD_PROOF = _tls("bad_proof", "the client could not prove that it holds its certificate's key")
+    TLS_UNKNOWN_NAME = _tls("unknown_name", "no site here is called {name}", "ask for a name that this guard serves")
     TLS_TIMEOUT = _tls("timeout", "the handshake was not done in {limit} s")
     TLS_CLOSED = _tls("closed", "the client closed the connection during the handshake")
+    TLS_BAD_HELLO = _tls("bad_hello", "the client's first message is malformed: {detail}")
+    PROXY_MALFORMED = Row(
+        "proxy.malformed",
+        "the PROXY header is malformed: {detail}",
+        "does the proxy in front send PROXY headers to this address?",
+        Exit.REFUSED,
+    )
+
+    # The guard's signed word on who called.
+    ASSERTION_MALFORMED = _assertion("malformed", "the assertion cannot be read: {detail}")
+    ASSERTION_SIGNATURE = _assertion(
+        "signature",
+        "the assertion is not proven: {detail}",
+        "check it with the keys that the guard publishes now",
+    )
+    ASSERTION_AUDIENCE = _assertion("audience", "the assertion is for {audience}, not for {expected}")
+    ASSERTION_EXPIRED = _assertion(
+        "expired", "the assertion expired on {not_after}", "check the clocks; each request carries a fresh one"
+    )
+    ASSERTION_NOT_YET = _assertion(
+        "not_yet", "the assertion is not valid before {not_before}", "check the clocks on both sides"
+    )
+
+    # What an explanation finds, seen from outside.
+    SEEN_NO_TLS = _seen(
+        "no_tls", "what answers there does not speak TLS: {detail}", "check the port; some protocols begin TLS later"
+    )
+    SEEN_CUT = _seen(
+        "cut",
+        "the connection was closed {when}, without a word",
+        "ask who stands between; read the log of the other side",
+    )
+    SEEN_REFUSED = _seen(
+        "refused",
+        "the certificate was refused, and the other side does not say why",
+        "its log says more; handfast verify LEAF --bundle ITS-CA says what its authorities prove",
+    )
+    SEEN_NOT_MUTUAL = Row(
+        "seen.not_mutual", "the server asks for no client certificate, so this is not mutual TLS", "", Exit.OK
+    )
 
     # A connection that was good and is not any more; and the guard itself.
     ENDED_EXPIRED = Row("ended.expired", "the peer's certificate expired during the connection", "", Exit.REFUSED, 403)
@@ -357,6 +436,13 @@ class Reason(Enum):
         Exit.STORE,
         503,
     )
+    GUARD_RESTART = Row(
+        "guard.restart",
+        "this cannot change while the guard runs: {what}",
+        "restart it, or hand over to a new one with kill -USR2",
+        Exit.USAGE,
+    )
+    GUARD_SITES = Row("guard.sites", "the sites do not fit together: {detail}", "", Exit.USAGE)
     GUARD_NO_BUNDLE = Row(
         "guard.no_bundle", "no client authority is given, so nobody could be let in", "give --client-ca F", Exit.USAGE
     )
@@ -365,6 +451,116 @@ class Reason(Enum):
         "cannot listen on {address}: {detail}",
         "choose another with --listen HOST:PORT",
         Exit.UNREACHABLE,
+    )
+    GUARD_SOCKETS = Row(
+        "guard.sockets",
+        "the sockets handed to this process cannot be used: {detail}",
+        "look at the service's .socket unit, or at what started this process",
+        Exit.USAGE,
+    )
+    GUARD_HANDOVER = Row(
+        "guard.handover",
+        "the new process did not take over: {detail}",
+        "the old one serves on; mend the cause and send SIGUSR2 again",
+        Exit.REFUSED,
+    )
+    GUARD_WORKER_DIED = Row(
+        "guard.worker_died", "the {worker} ended unasked ({how})", "what it said last stands above in the log", Exit.BUG
+    )
+    GUARD_WORKER_STUCK = Row(
+        "guard.worker_stuck", "the {worker} did not stop within {limit} s and was killed", "", Exit.BUG
+    )
+    GUARD_PRIVILEGES = Row(
+        "guard.privileges",
+        "cannot run as the user {user}: {detail}",
+        "start as root, or as that user without asking for a change",
+        Exit.USAGE,
+    )
+    GUARD_SANDBOX = Row("guard.sandbox", "this process cannot be confined: {detail}", "", Exit.USAGE)
+
+    # How much a listener takes, and where a guard is watched.
+    LIMIT_CONNECTIONS = _limit(
+        "connections", "{who} has as many connections open as the listener {listener} allows ({setting} = {limit})"
+    )
+    LIMIT_HANDSHAKES = _limit(
+        "handshakes", "{who} connects more often than the listener {listener} allows ({setting}: {limit})"
+    )
+    LIMIT_REQUESTS = _limit(
+        "requests", "{who} sends more requests than the listener {listener} allows ({setting}: {limit})"
+    )
+    ADMIN_UNREACHABLE = Row(
+        "admin.unreachable",
+        "no guard answers at {target}: {detail}",
+        "is it running, with its admin listener there? give another address: handfast status --admin HOST:PORT",
+        Exit.UNREACHABLE,
+    )
+    ADMIN_NOT_OURS = Row(
+        "admin.not_ours",
+        "what answers at {target} is not the admin listener of a guard ({detail})",
+        "give its address: handfast status --admin HOST:PORT",
+        Exit.UNREACHABLE,
+    )
+
+    # The connector: what the far side does, and what the local side may not. `next` is the command to give.
+    CONNECT_REFUSED = Row(
+        "connect.refused", "the server refused our certificate: {detail}", "{next}", Exit.REFUSED, 502
+    )
+    CONNECT_UNTRUSTED = Row("connect.untrusted", "we do not trust the server: {detail}", "{next}", Exit.REFUSED, 502)
+    CONNECT_HANDSHAKE = Row("connect.handshake", "no TLS with the server: {detail}", "{next}", Exit.REFUSED, 502)
+    CONNECT_SILENT = Row(
+        "connect.silent",
+        "the server closed the connection before its first byte: {detail}",
+        "{next}",
+        Exit.REFUSED,
+        502,
+    )
+    CONNECT_UNREACHABLE = Row(
+        "connect.unreachable", "the server cannot be reached: {detail}", "{next}", Exit.UNREACHABLE, 502
+    )
+    CONNECT_FULL = Row(
+        "connect.full", "{limit} connections are open already", "allow more: --max-connections N", Exit.REFUSED, 503
+    )
+    CONNECT_USER = Row(
+        "connect.user", "the local user with uid {uid} may not call", "let it: --unix-uid {uid}", Exit.REFUSED
+    )
+    CONNECT_CUT = Row("connect.cut", "{who} cut the connection, so what came may be cut short", "", Exit.REFUSED)
+    CONNECT_EXPIRED = Row(
+        "connect.expired", "our certificate {subject} expired on {not_after}", "{next}", Exit.REFUSED, 502
+    )
+    CONNECT_DESCRIPTORS = Row(
+        "connect.descriptors",
+        "no connection can be taken for want of {what}; it is tried again",
+        "allow more open files: ulimit -n",
+        Exit.STORE,
+    )
+    CONNECT_OPEN_PORT = Row(
+        "connect.open_port",
+        "who reaches {address} calls as us, and that is more than this machine",
+        "listen on 127.0.0.1 or unix:PATH, or say --unsafe-listen",
+        Exit.USAGE,
+    )
+    CONNECT_NO_CREDENTIAL = Row(
+        "connect.no_credential", "there is no certificate of {name} in {path}", "make one: {next}", Exit.NOT_FOUND
+    )
+    CONNECT_NOT_ISSUED_HERE = Row(
+        "connect.not_issued_here", "{cert} cannot be renewed here: {detail}", "put a new one in its place", Exit.REFUSED
+    )
+    CONNECT_NO_CURL = Row(
+        "connect.no_curl", "there is no curl on this machine", "install it: apt install curl", Exit.NOT_FOUND
+    )
+
+    # An audit.
+    AUDIT_BASELINE = Row(
+        "audit.baseline",
+        "{target} does not take the certificate that it is said to take ({detail})",
+        "give one that it accepts, or none: the checks that need no certificate are made all the same",
+        Exit.USAGE,
+    )
+    AUDIT_UNKNOWN_CHECK = Row(
+        "audit.unknown_check",
+        "there is no check {value!r}",
+        "see what there is: handfast audit --list",
+        Exit.USAGE,
     )
 
     UNREACHABLE = Row("unreachable", "{target} cannot be reached: {detail}", "is it running?", Exit.UNREACHABLE)

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from handfast.authority import Authority, GeneratedPassphrase, open_authority
-from handfast.cli.upkeep import ClientFiles, Upkeep
+from handfast.cli.upkeep import LISTENER, ClientFiles, Upkeep
 from handfast.errors import HandfastError, InvalidInput, Reason
+from handfast.guard.places import parse_target
+from handfast.guard.upstream import Backend, Upstreams
 from handfast.pki.certificates import parse_certificates
 from handfast.pki.keys import parse_private_key, same_key
 from handfast.pki.names import parse_name
@@ -20,6 +22,7 @@ from handfast.tls.server import ServerSettings
 from tests.e2e.kit import serials
 
 CLIENT = parse_name("spiffe://handfast.internal/client")
+UPSTREAMS = Upstreams("app", (Backend(parse_target("127.0.0.1:1")),))
 HOUR, TICK = timedelta(hours=1), timedelta(seconds=0.5)
 
 
@@ -35,7 +38,7 @@ def files(state: Path) -> ClientFiles:
 
 
 def upkeep(authority: Authority, *clients: ClientFiles) -> Upkeep:
-    return Upkeep(authority, ALLOW_ANY, ServerSettings(), (parse_name("localhost"),), clients)
+    return Upkeep(authority, UPSTREAMS, ALLOW_ANY, ServerSettings(), (parse_name("localhost"),), clients)
 
 
 def whole(files: ClientFiles) -> bool:
@@ -78,7 +81,7 @@ def test_a_renewal_that_fails_holds_up_no_revocation(authority: Authority, state
     leaf = parse_certificates((state / "moved" / "client.crt").read_bytes(), "crt")[0]
     taken = keeping.refresh(late + TICK)
     assert taken is not None
-    assert taken.context.terms.revocations.revoked(leaf)
+    assert taken.sites[LISTENER].all[0].context.terms.revocations.revoked(leaf)
     for tick in range(2, 100):
         keeping.refresh(late + tick * TICK)
     assert len(serials(state)) == begun + 1  # the server's own, and no client's on each tick
@@ -109,7 +112,7 @@ def test_a_revoked_client_gets_another_certificate_at_the_next_start(authority: 
     authority.revoke(str(CLIENT))
     snapshot = upkeep(authority, files).snapshot(now)
     leaf = parse_certificates(files.cert.read_bytes(), "crt")[0]
-    assert not snapshot.context.terms.revocations.revoked(leaf)
+    assert not snapshot.sites[LISTENER].all[0].context.terms.revocations.revoked(leaf)
 
 
 def test_two_clients_do_not_share_files(authority: Authority, state: Path, files: ClientFiles) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from handfast.guard.service import Limits
+from handfast.guard.connection import Limits
 from handfast.policy import parse_policy
 from tests.guard.conftest import Ask
 from tests.support.apps import HELLO, App, client_context, echo_head, get, talk
@@ -304,7 +304,7 @@ def test_an_app_that_is_slow_is_504(ca: Ca, ask: Ask) -> None:
     """An app that does not answer in time is 504."""
     with (
         App(lambda connection, request: None) as app,
-        Running(ca, app.address, limits=Limits(response=0.3, drain=1)) as guard,
+        Running(ca, app.address, limits=Limits(response=0.3), drain=1) as guard,
     ):
         assert ask(guard, ca.client()).startswith(b"HTTP/1.1 504 ")
         assert guard.events.next("request")["reason"] == "upstream.timeout"
@@ -356,7 +356,7 @@ def test_a_kept_connection_that_the_app_closed_is_opened_again(ca: Ca, tmp_path:
 
 def test_a_slow_head_is_cut_off(ca: Ca, tmp_path: Path) -> None:
     """A request whose head does not come in time is 408."""
-    limits = Limits(head=0.3, drain=1)
+    limits = Limits(head=0.3)
     with App() as app, Running(ca, app.address, limits=limits) as guard, _open(guard, ca, tmp_path) as tls:
         tls.sendall(b"GET / HT")
         assert _read(tls, b"}\n").startswith(b"HTTP/1.1 408 ")

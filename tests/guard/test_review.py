@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from handfast.guard.service import Limits
+from handfast.guard.connection import Limits
 from handfast.policy import parse_policy
 from tests.guard.conftest import Ask
 from tests.support.apps import App, client_context, echo_head, get
@@ -53,7 +53,7 @@ def test_no_header_moves_the_path_or_the_method(ca: Ca, ask: Ask) -> None:
 
 def test_a_byte_now_and_then_buys_no_time(ca: Ca, tmp_path: Path) -> None:
     """F5: a head that trickles in is cut off when its time is up, whatever came meanwhile."""
-    limits = Limits(head=0.5, idle=0.5, drain=1)
+    limits = Limits(head=0.5, idle=0.5)
     with App() as app, Running(ca, app.address, limits=limits) as guard, _open(guard, ca, tmp_path) as tls:
         tls.settimeout(0.05)
         began, answer = time.monotonic(), b""

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from handfast.errors import InvalidInput, Reason
+from handfast.guard.connection import Limits
 from handfast.guard.http import HttpSession
-from handfast.guard.service import Limits
 from handfast.pki import TrustBundle
 from handfast.pki.revocation import Revocations
 from handfast.policy import parse_policy
@@ -126,14 +126,14 @@ def test_a_bug_ends_its_own_connection_and_no_other(
     ca: Ca, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """B8: an exception while judging refuses that peer; the guard goes on, and trust is still looked at."""
-    from handfast.guard import http
+    from handfast.guard import door
 
     def explode(*_: object) -> None:
         raise RuntimeError("a bug of ours")
 
     with App() as app, Running(ca, app.address) as guard:
         with monkeypatch.context() as broken:
-            broken.setattr(http, "decide_by", explode)
+            broken.setattr(door, "decide_by", explode)
             assert ask(guard, ca.client()) == b""
             assert guard.events.next("ended")["reason"] == "bug"
             assert app.connections == 0
@@ -141,7 +141,7 @@ def test_a_bug_ends_its_own_connection_and_no_other(
         with _open(guard, ca, ca.client(), tmp_path) as tls:
             assert _served(tls)
             with monkeypatch.context() as broken:
-                broken.setattr(HttpSession, "_take_answer", explode)
+                broken.setattr(HttpSession, "_done", explode)
                 tls.sendall(get(close=False))
                 assert _ended(tls) < 2
         guard.guard.refresh = explode
@@ -162,7 +162,7 @@ def test_a_stop_lets_requests_finish(ca: Ca, tmp_path: Path) -> None:
         go.wait(5)
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ndone")
 
-    with App(answer) as app, Running(ca, app.address, limits=Limits(drain=5)) as guard:
+    with App(answer) as app, Running(ca, app.address, drain=5) as guard:
         tls = _open(guard, ca, ca.client(), tmp_path)
         tls.sendall(get(close=False))
         while not app.received:
@@ -179,7 +179,7 @@ def test_a_stop_lets_requests_finish(ca: Ca, tmp_path: Path) -> None:
 
 def test_silent_clients_do_not_stop_others(ca: Ca, ask: Ask) -> None:
     """Two thousand connections that say nothing, or half a handshake, leave room for one that speaks."""
-    with App() as app, Running(ca, app.address, limits=Limits(handshake=3, drain=1)) as guard:
+    with App() as app, Running(ca, app.address, limits=Limits(handshake=3), drain=1) as guard:
         host, _, port = guard.address.rpartition(":")
         silent = [socket.create_connection((host, int(port)), timeout=5) for _ in range(2000)]
         for each in silent[::2]:

@@ -81,16 +81,25 @@ def test_a_refusal_is_an_alert(ca: Ca, tmp_path: Path, case: str, alert: str, re
         assert app.connections == 0
 
 
-@pytest.mark.parametrize("case", ["policy", "no_eku"])
-def test_a_denied_peer_is_closed_before_the_app_is_dialled(ca: Ca, tmp_path: Path, case: str) -> None:
-    """A peer that our rules or the policy refuse reads nothing but the end."""
-    leaf = ca.client(eku=None) if case == "no_eku" else ca.client("spiffe://test/other")
+def test_a_denied_peer_is_closed_before_the_app_is_dialled(ca: Ca, tmp_path: Path) -> None:
+    """A peer that the policy refuses reads nothing but the end."""
     policy = parse_policy(["spiffe://test/web"])
     with Raw() as app, Running(ca, f"tcp://{app.address}", policy) as guard:
-        with _connect(guard, ca, leaf, tmp_path) as tls:
+        with _connect(guard, ca, ca.client("spiffe://test/other"), tmp_path) as tls:
             assert tls.recv(1) == b""
-        event = guard.events.next("connection")
-        assert event["reason"] == {"policy": "policy.no_rule", "no_eku": "verify.no_eku"}[case]
+        assert guard.events.next("connection")["reason"] == "policy.no_rule"
+        assert app.connections == 0
+
+
+def test_a_certificate_that_our_own_rules_refuse_gets_the_alert_that_fits(ca: Ca, tmp_path: Path) -> None:
+    """What OpenSSL would let pass is refused within the handshake, and the client is told by an alert."""
+    with Raw() as app, Running(ca, f"tcp://{app.address}") as guard:
+        with (
+            _connect(guard, ca, ca.client(eku=None), tmp_path) as tls,
+            pytest.raises(ssl.SSLError, match="UNSUPPORTED_CERTIFICATE"),
+        ):
+            tls.recv(1)
+        assert guard.events.next("connection")["reason"] == "verify.no_eku"
         assert app.connections == 0
 
 

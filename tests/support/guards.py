@@ -8,13 +8,17 @@ import queue
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import uvloop
 
 from handfast.guard.events import EventLog
-from handfast.guard.places import parse_target
-from handfast.guard.service import Guard, Limits, Snapshot, bind
+from handfast.guard.places import Place, parse_target
+from handfast.guard.connection import Limits, Listener
+from handfast.guard.routes import Snapshot, one_site
+from handfast.guard.service import Guard, bind
+from handfast.guard.upstream import Backend, Upstreams
 from handfast.pki.verification import Purpose, Terms, TrustBundle
 from handfast.policy import ALLOW_ANY, Policy
 from handfast.tls.credential import Credential
@@ -58,20 +62,25 @@ class Running:
     target: str
     policy: Policy = ALLOW_ANY
     server: Leaf | None = None
-    limits: Limits = field(default_factory=lambda: Limits(drain=2))
+    limits: Limits = field(default_factory=Limits)
+    drain: float = 2
     trust_domain: str | None = None
     legacy: bool = False
     tls12: bool = False
 
     def snapshot(self, policy: Policy | None = None, **terms: Any) -> Snapshot:
         """What is in force, or would be with other terms."""
-        target = parse_target(self.target)
+        target = self.upstreams.target
         server = self.server or self.ca.server()
         settings = ServerSettings(answer_refusals=target.http, allow_tls12=self.tls12)
         bundle = terms.pop("bundle", TrustBundle((self.ca.certificate,), self.trust_domain))
         asked = Terms(bundle, Purpose.CLIENT, legacy=self.legacy, **terms)
         context = ServerContext(Credential(server.key, server.presented), asked, settings)
-        return Snapshot(context, self.policy if policy is None else policy)
+        return Snapshot({"main": one_site(context, self.policy if policy is None else policy, self.upstreams)})
+
+    @cached_property
+    def upstreams(self) -> Upstreams:
+        return Upstreams(self.target, (Backend(parse_target(self.target)),))
 
     def __enter__(self) -> Running:
         self.events = Events()
@@ -100,8 +109,9 @@ class Running:
             self.loop = asyncio.get_running_loop()
             self._stop = asyncio.Event()
             log = EventLog(self.events, pretty=False)  # type: ignore[arg-type]  # as much of a stream as is used
-            self.guard = Guard(self.snapshot(), parse_target(self.target), log, limits=self.limits)
-            started.set_result(await self.guard.listen(bind("127.0.0.1", 0)))
+            self.guard = Guard(self.snapshot(), log, drain=self.drain)
+            listener = Listener("main", self.upstreams.target.http, self.limits)
+            started.set_result(await self.guard.listen(bind(Place("127.0.0.1", 0)), listener))
         except BaseException as error:
             started.set_exception(error)
             raise

@@ -123,7 +123,7 @@ def test_another_rule_to_strip_by_is_followed_at_once() -> None:
     memory = Requests(OURS, lambda name: False)
     for _ in range(2):
         assert b"X-Old" in memory.rewrite(memory.parse(head))
-    memory.strip_by(lambda name: name == b"X-Old")
+    memory.set_by(memory.set_headers, lambda name: name == b"X-Old")
     for _ in range(2):
         assert b"X-Old" not in memory.rewrite(memory.parse(head))
 

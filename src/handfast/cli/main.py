@@ -23,6 +23,8 @@ from handfast.errors import Exit, Failure, HandfastError, Reason, StoreError, Ve
 _VERBS = {
     "up": ("up", "Guard an app: authority, certificates and all."),
     "guard": ("serve", "Guard an app with certificates you have."),
+    "connect": ("connect", "Call a server: a plain local port that speaks mutual TLS."),
+    "curl": ("connect", "Run curl with our certificate."),
     "demo": ("demo", "See it work: an app, a guard, and who gets through."),
     "authority": ("authority", "Make, import or show the authority."),
     "issue": ("certificates", "Make a key and a certificate."),
@@ -32,7 +34,10 @@ _VERBS = {
     "revoke": ("certificates", "Revoke a certificate."),
     "export": ("export", "Write certificates in other forms: PKCS#12, PEM, an nginx block."),
     "inspect": ("look", "Show what a certificate, key, request or server holds."),
+    "explain": ("explain", "Show a handshake step by step, and whose fault a failure is."),
     "verify": ("look", "Say whether a certificate proves what it claims, and if not, why."),
+    "status": ("status", "Show what a running guard does, live."),
+    "audit": ("audit", "Attack a mutual-TLS server that is yours, and report what holds."),
     "version": ("look", "Show versions, TLS engine included."),
 }
 # What people type for a verb that has another name here.
@@ -43,6 +48,8 @@ _OWN_KEY = "give its passphrase with --key-passphrase-file F"
 _HINTS = {
     ("handfast authority import", Reason.INPUT_KEY_ENCRYPTED): _OWN_KEY,
     ("handfast authority import", Reason.INPUT_WRONG_PASSPHRASE): _OWN_KEY,
+    ("handfast connect", Reason.INPUT_KEY_ENCRYPTED): _OWN_KEY,
+    ("handfast connect", Reason.INPUT_WRONG_PASSPHRASE): _OWN_KEY,
     ("handfast export", Reason.INPUT_KEY_ENCRYPTED): _OWN_KEY,
     ("handfast export", Reason.INPUT_WRONG_PASSPHRASE): _OWN_KEY,
     ("handfast guard", Reason.INPUT_KEY_ENCRYPTED): _OWN_KEY,

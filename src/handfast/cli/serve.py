@@ -1,28 +1,41 @@
-"""The verb `guard`, and how a guard is run from the command line."""
+"""The verb `guard`: from flags or a file to a Config, and from that to a guard that runs."""
 
 from __future__ import annotations
 
-import asyncio
-import signal
-import socket
-import sys
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from handfast.cli.output import as_json_option, example, first_line, key_passphrase_option, print_json
-from handfast.errors import Failure, Reason
-from handfast.guard.events import EventLog, told
-from handfast.guard.places import Target, parse_address, parse_target
-from handfast.guard.service import Guard, Snapshot, bind, raise_descriptor_limit
-from handfast.pki.verification import Purpose, Terms
-from handfast.policy import ALLOW_ANY, parse_policy
-from handfast.tls.credential import check_server, check_time, load_bundle, load_credential
-from handfast.tls.server import ServerContext, ServerSettings
+from handfast.authority import Authority
+from handfast.cli.opening import opened
+from handfast.cli.output import as_json_option, choice, example, first_line, key_passphrase_option, print_json
+from handfast.cli.running import Telling, run
+from handfast.guard.assembly import Assembly, Feed
+from handfast.guard.config import check_config, load_config
+from handfast.guard.places import parse_place, parse_target
+from handfast.guard.schema import (
+    AdminConfig,
+    Config,
+    HeaderStyle,
+    ListenerConfig,
+    LogStyle,
+    Mode,
+    Ocsp,
+    SiteConfig,
+    TlsVersion,
+)
+from handfast.guard.settings import parse_duration
+from handfast.guard.workers import auto_workers
+from handfast.pki.revocation import Revocations
+from handfast.pki.verification import TrustBundle
+from handfast.policy import parse_policy
+from handfast.tls.server import ClientAuth
 
 LISTEN = "127.0.0.1:8443"
 
@@ -43,6 +56,7 @@ allow_option = click.option(
 no_ca_names_option = click.option(
     "--no-ca-names", is_flag=True, help="Do not tell clients which authorities are accepted."
 )
+_file = click.Path(path_type=Path)
 
 
 @click.command(
@@ -50,120 +64,169 @@ no_ca_names_option = click.option(
     epilog=example(
         "handfast guard --to 127.0.0.1:8000 --cert server.crt --key server.key --client-ca ca.crt",
         "handfast guard --to tcp://:5432 --cert s.crt --key s.key --client-ca ca.crt --allow dns:*.corp",
+        "handfast guard -c handfast.toml",
     ),
-    short_help="Guard an app with certificates you have.",
+    short_help="Guard apps with certificates you have, or by a file.",
 )
-@to_option
-@click.option("--cert", required=True, type=click.Path(path_type=Path), help="The server's certificate and chain.")
-@click.option("--key", required=True, type=click.Path(path_type=Path), help="The server's private key.")
-@click.option("--client-ca", required=True, type=click.Path(path_type=Path), help="The authorities of the clients.")
+@click.option(
+    "-c", "--config", "file", type=_file, metavar="FILE", help="A handfast.toml; takes the other flags' place."
+)
+@click.option("--check", is_flag=True, help="Say whether the configuration is good, and end.")
+@click.option("--to", "to", metavar="TARGET", help="The app: HOST:PORT, https://…, h2c://…, unix:PATH or tcp://…")
+@click.option("--cert", type=_file, help="The server's certificate and chain.")
+@click.option("--key", type=_file, help="The server's private key.")
+@click.option("--client-ca", type=_file, help="The authorities of the clients.")
 @allow_option
 @listen_option
 @key_passphrase_option
+@click.option(
+    "--client-auth", type=choice(ClientAuth), default="required", show_default=True, help="Who must show one."
+)
+@click.option("--crl", "crls", multiple=True, type=_file, help="Revocation lists, one for each authority. Repeatable.")
+@click.option("--ocsp", type=choice(Ocsp), default="off", show_default=True, help="Ask the authority's responder.")
+@click.option("--verify-depth", type=click.IntRange(0, 10), help="Authorities between a client and its root, at most.")
+@click.option("--tls-min", type=choice(TlsVersion), default="1.3", show_default=True, help="The oldest TLS taken.")
+@click.option("--header", "headers", multiple=True, type=choice(HeaderStyle), help="How the app is told who called.")
+@click.option("--workers", default="1", metavar="N|auto", help="Processes that share the port.  [default: 1]")
+@click.option("--admin", metavar="HOST:PORT", help="Serve metrics, health and status there, in plain HTTP.")
+@click.option("--drain", default="30s", show_default=True, metavar="TIME", help="For open requests, when it stops.")
 @click.option("--legacy-certs", is_flag=True, help="Admit clients whose certificates lack key usage or names (by CN).")
 @no_ca_names_option
 @as_json_option
-def guard_(
-    to: str,
-    cert: Path,
-    key: Path,
-    client_ca: Path,
-    allow: tuple[str, ...],
-    listen: str,
-    key_passphrase_file: Path | None,
-    legacy_certs: bool,
-    no_ca_names: bool,
-    as_json: bool,
-) -> None:
+def guard_(file: Path | None, check: bool, as_json: bool, **flags: Any) -> int | None:
     """Put mutual TLS in front of the app at TARGET, with your own server certificate and client authority.
 
     Without --allow, every client with a valid certificate of that authority is let through, as nginx does with
-    ssl_verify_client on.
+    ssl_verify_client on. A file says all that flags say, and more: many listeners, sites by server name, routes.
     """
-    target, address = parse_target(to), parse_address(listen)
-    policy = parse_policy(allow) if allow else ALLOW_ANY
-    settings = ServerSettings(answer_refusals=target.http, offer_authorities=not no_ca_names)
-    now, opens = datetime.now(UTC), None if key_passphrase_file is None else first_line(key_passphrase_file)
-    bundle, credential = load_bundle(client_ca), load_credential(cert, key, opens)
-    check_time(bundle.anchors, now)
-    check_server(credential, now)
-    context = ServerContext(credential, Terms(bundle, Purpose.CLIENT, legacy=legacy_certs), settings)
-
-    def ready(url: str) -> dict[str, object]:
-        rules = [str(rule) for rule in policy.rules]
-        if not as_json:
-            say(url, target, rules if allow else [f"every client with a certificate of {client_ca}"])
-        return {"url": url, "to": str(target), "allow": rules}
-
-    serve(Serving(Snapshot(context, policy), target, bind(*address), ready, as_json))
-
-
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """What a guard needs to run. `ready` is told the URL, says what there is to say, and returns the ready event."""
-
-    snapshot: Snapshot
-    target: Target
-    plug: socket.socket  # bound already, so that nothing is issued for a port that is taken
-    ready: Callable[[str], dict[str, object]]
-    as_json: bool
-    refresh: Callable[[datetime], Snapshot | None] | None = None
-
-
-def serve(serving: Serving) -> None:
-    """Run a guard until SIGINT or SIGTERM, then drain. Raises Unreachable when it cannot listen."""
-    raise_descriptor_limit()
-    log = EventLog(sys.stdout.buffer, pretty=not serving.as_json)
-    try:
-        _run(_serve(serving, log))
-    finally:
-        log.close()
-
-
-async def _serve(serving: Serving, log: EventLog) -> None:
-    guard = Guard(serving.snapshot, serving.target, log, refresh=serving.refresh)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.set_exception_handler(lambda _loop, context: _report(guard, context))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    address = await guard.listen(serving.plug)
-    scheme = "https" if serving.target.http else "tls"
-    event = serving.ready(f"{scheme}://{address}")
-    if serving.as_json:
-        print_json({"event": "ready", **event})
-    await stop.wait()
-    for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C ends it at once
-        loop.remove_signal_handler(number)
-    open_connections = len(guard.connections)
-    if not serving.as_json:
-        click.echo(f"\nstopping; {open_connections} connection(s) may finish (Ctrl-C again: at once)")
-    await guard.stop()
-    if serving.as_json:
-        log.emit("stopped", guard.now, {})
-    log.close()
-    if not serving.as_json:
-        click.echo("goodbye")
-
-
-def _report(guard: Guard, context: dict[str, Any]) -> None:
-    """What the loop caught is a bug of ours: one event, and no traceback for the user."""
-    failure = Failure(Reason.BUG, {"detail": f"{context.get('message')}: {context.get('exception')!r}"[:300]})
-    guard.log.emit("bug", guard.now, told(failure))
-
-
-def _run(main: Coroutine[Any, Any, None]) -> None:
-    if sys.platform == "win32":  # uvloop is not to be had there
-        asyncio.run(main)
+    if file is None:
+        config = _from_flags(flags, as_json)
     else:
-        import uvloop
+        _refuse_flags()
+        config = load_config(file)
+        as_json = as_json or config.log is LogStyle.JSON
 
-        uvloop.run(main)
+    @contextmanager
+    def make() -> Iterator[Assembly]:
+        with _feed(config) as feed:
+            yield Assembly(config, first_line, file, feed, config.workers or auto_workers())
+
+    if check:
+        with make() as assembly:
+            assembly.build(datetime.now(UTC))
+        _say_checked(config, as_json)
+        return None
+    return run(config, make, Telling(partial(_ready, config, as_json), as_json))
 
 
-def say(url: str, target: Target, allowed: list[str]) -> None:
+class _AuthorityFeed:
+    """An authority of ours, as the guard sees it."""
+
+    def __init__(self, authority: Authority) -> None:
+        self._authority = authority
+
+    def revision(self) -> int:
+        """See Feed."""
+        return self._authority.revision()
+
+    def bundle(self) -> TrustBundle:
+        """See Feed."""
+        return TrustBundle(self._authority.trust_bundle(), self._authority.trust_domain)
+
+    def revocations(self, now: datetime) -> Revocations:
+        """See Feed."""
+        return self._authority.revocations(now=now)
+
+
+@contextmanager
+def _feed(config: Config) -> Iterator[Feed | None]:
+    if config.state is None:
+        yield None
+        return
+    with opened(config.state) as authority:
+        yield _AuthorityFeed(authority)
+
+
+def _from_flags(flags: dict[str, Any], as_json: bool) -> Config:
+    for name in ("to", "cert", "key", "client_ca"):
+        if flags[name] is None and not (name == "client_ca" and flags["client_auth"] is ClientAuth.OFF):
+            raise click.UsageError(f"Missing option '--{name.replace('_', '-')}'.")
+    target = parse_target(flags["to"])
+    defaults = SiteConfig()
+    site = SiteConfig(
+        cert=flags["cert"],
+        key=flags["key"],
+        key_passphrase_file=flags["key_passphrase_file"],
+        client_ca=flags["client_ca"],
+        client_auth=flags["client_auth"],
+        crl=flags["crls"],
+        ocsp=flags["ocsp"],
+        verify_depth=flags["verify_depth"],
+        tls_min=flags["tls_min"],
+        legacy_certs=flags["legacy_certs"],
+        offer_authorities=not flags["no_ca_names"],
+        to=str(target),
+        allow=flags["allow"],
+        headers=flags["headers"] or defaults.headers,
+    )
+    parse_policy(site.allow)  # a rule that is wrong is told as such, and not by its place in a file
+    listener = ListenerConfig("main", str(parse_place(flags["listen"])), Mode.HTTP if target.http else Mode.TCP, site)
+    config = Config(
+        workers=_workers(flags["workers"]),
+        log=LogStyle.JSON if as_json else LogStyle.PRETTY,
+        drain=parse_duration(flags["drain"]),
+        listeners=(listener,),
+        admin=None if flags["admin"] is None else AdminConfig(flags["admin"]),
+    )
+    check_config(config, "the flags")
+    return config
+
+
+def _refuse_flags() -> None:
+    """A flag beside a file would leave open which of the two holds."""
+    context = click.get_current_context()
+    taken = {"file", "check", "as_json"}
+    given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    for parameter in context.command.params:
+        if parameter.name in given and parameter.name not in taken:
+            raise click.UsageError(f"{parameter.opts[0]} and --config do not go together: write it in the file.")
+
+
+def _workers(text: str) -> int:
+    if text == "auto":
+        return 0
+    if not text.isdecimal() or not 1 <= int(text) <= 1024:
+        raise click.UsageError("--workers takes a number from 1 to 1024, or auto.")
+    return int(text)
+
+
+def _say_checked(config: Config, as_json: bool) -> None:
+    places = [f"{listener.name} on {listener.listen}" for listener in config.listeners]
+    if as_json:
+        print_json({"good": True, "listeners": places})
+    else:
+        click.echo(f"good: {len(places)} listener(s): {', '.join(places)}")
+
+
+def _ready(config: Config, as_json: bool, urls: list[str]) -> dict[str, object]:
+    shown = []
+    for url, listener in zip(urls, config.listeners, strict=True):
+        site = listener.all_sites[0]
+        to = site.to or ", ".join(dict.fromkeys(route.to for route in site.routes if route.to))
+        rules = list(site.allow) + ([f"the rules in {site.allow_file}"] if site.allow_file else [])
+        shown.append({"name": listener.name, "url": url, "to": to, "allow": rules or ["allow any"]})
+        if not as_json:
+            whose = f"every client with a certificate of {site.client_ca or config.state}"
+            if site.client_auth is ClientAuth.OFF:
+                whose = "everyone: no certificate is asked for"
+            say(url, to, rules or [whose])
+    if not as_json:
+        click.echo("Ctrl-C stops it\n")
+    return {"listeners": shown, "url": urls[0], "to": shown[0]["to"], "allow": shown[0]["allow"]}
+
+
+def say(url: str, target: str, allowed: list[str]) -> None:
     """Say what is guarded, where, and who is let through."""
     click.echo(f"guarding {target} at {url}")
     for line in allowed:
         click.echo(f"  {line}" if line.startswith(("allow", "deny")) else f"  let through: {line}")
-    click.echo("Ctrl-C stops it\n")

@@ -12,11 +12,14 @@ import click
 from handfast.cli.certificates import file_base
 from handfast.cli.opening import folder_of, founded
 from handfast.cli.output import as_json_option, example, passphrase_option, state_option
-from handfast.cli.serve import Serving, allow_option, listen_option, no_ca_names_option, say, serve, to_option
-from handfast.cli.upkeep import ClientFiles, Upkeep
+from handfast.cli.running import Serving, serve
+from handfast.cli.serve import allow_option, listen_option, no_ca_names_option, say, to_option
+from handfast.cli.upkeep import LISTENER, ClientFiles, Upkeep
 from handfast.errors import HandfastError
-from handfast.guard.places import parse_address, parse_target
+from handfast.guard.connection import Limits, Listener
+from handfast.guard.places import parse_place, parse_target
 from handfast.guard.service import bind
+from handfast.guard.upstream import Backend, Upstreams
 from handfast.pki.names import Name, parse_dns, parse_name
 from handfast.policy import parse_policy
 from handfast.tls.server import ServerSettings
@@ -59,22 +62,24 @@ def up_(
 
     Without --allow, every identity of the trust domain is let through: all of them were issued by you.
     """
-    target, address = parse_target(to), parse_address(listen)
-    folder, plug = folder_of(state), bind(*address)
+    target, place = parse_target(to), parse_place(listen)
+    folder, plug = folder_of(state), bind(place)
     with plug, founded(folder, trust_domain, passphrase_file) as authority:
         domain = authority.trust_domain
         policy = parse_policy(allow or (f"spiffe://{domain}/**",), domain)
         client_names = [parse_name(name, domain) for name in clients or ("client",)]
         upkeep = Upkeep(
             authority,
+            Upstreams(str(target), (Backend(target),)),
             policy,
             ServerSettings(answer_refusals=target.http, offer_authorities=not no_ca_names),
-            _server_names(names, address[0]),
+            _server_names(names, place.host),
             tuple(ClientFiles(name, folder / "clients" / file_base(name)) for name in client_names),
         )
         snapshot = upkeep.snapshot(datetime.now(UTC))
 
-        def ready(url: str) -> dict[str, object]:
+        def ready(urls: list[str]) -> dict[str, object]:
+            url = urls[0]
             first = upkeep.clients[0]
             host, _, port = url.partition("://")[2].rpartition(":")
             if host in ("0.0.0.0", "[::]"):  # noqa: S104  # compared with, not bound to
@@ -83,11 +88,13 @@ def up_(
             files = {"cert": str(first.cert), "key": str(first.key), "p12": str(first.p12)}
             files |= {"name": str(first.name), "p12_password_file": str(first.p12_password)}
             if not as_json:
-                say(url, target, rules)
+                say(url, str(target), rules)
+                click.echo("Ctrl-C stops it\n")
                 _say_how(url, folder / "root.crt", files, target.http)
             return {"url": url, "ca": str(folder / "root.crt"), "client": files, "to": str(target), "allow": rules}
 
-        serve(Serving(snapshot, target, plug, ready, as_json, upkeep.refresh))
+        listener = Listener(LISTENER, target.http, Limits())
+        serve(Serving(snapshot, ((listener, plug),), ready, as_json, upkeep.refresh))
 
 
 def _server_names(names: tuple[str, ...], host: str) -> tuple[Name, ...]:

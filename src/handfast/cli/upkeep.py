@@ -16,7 +16,8 @@ from handfast.authority import Authority, Issued
 from handfast.cli.output import first_line
 from handfast.errors import HandfastError, InvalidInput, Reason
 from handfast.files import generate_key, make_private_folder, write_private, write_public
-from handfast.guard.service import Snapshot
+from handfast.guard.routes import Snapshot, one_site
+from handfast.guard.upstream import Upstreams
 from handfast.pki.certificates import certificate_names, encode_chain
 from handfast.pki.issuing import Order
 from handfast.pki.keys import KeyType, PrivateKey, encode_private_key
@@ -28,6 +29,7 @@ from handfast.policy import Policy
 from handfast.tls.credential import Credential, load_credential
 from handfast.tls.server import ServerContext, ServerSettings
 
+LISTENER = "main"  # what the one listener of `up` is called
 _PAUSE = timedelta(seconds=60)  # between two attempts to renew one certificate; each is a row in the ledger
 
 
@@ -68,6 +70,7 @@ class Upkeep:
     """
 
     authority: Authority
+    upstreams: Upstreams
     policy: Policy
     settings: ServerSettings
     server_names: tuple[Name, ...]
@@ -111,7 +114,8 @@ class Upkeep:
         revision = self.authority.revision()  # before the list: one more that comes meanwhile is seen the next time
         bundle = TrustBundle(self.authority.trust_bundle(), self.authority.trust_domain)
         terms = Terms(bundle, Purpose.CLIENT, revocations=self.authority.revocations(now=now))
-        snapshot = Snapshot(ServerContext(self._credential, terms, self.settings), self.policy)
+        context = ServerContext(self._credential, terms, self.settings)
+        snapshot = Snapshot({LISTENER: one_site(context, self.policy, self.upstreams)})
         self._revision = revision
         return snapshot
 

@@ -2,11 +2,12 @@
 
 Theory of operation. A connection is always in one state, and a state is an object:
 
-    Handshaking --accepted--> HttpSession(VerifiedPeer) or Tunnel(VerifiedPeer)
-        |  \\--refused, can be told--> Refusing --answered--+
-        \\----refused------------------------------------> Lingering --> closed
+    (Proxied ->) Handshaking --accepted--> a session: HTTP/1.1, HTTP/2 or Tunnel
+                     |  \\--refused, can be told--> Refusing --answered--+
+                     \\----refused------------------------------------> Lingering --> closed
 
-Only HttpSession and Tunnel can reach an app, and neither can be made without a VerifiedPeer. Lingering shuts
+Only sessions can reach an app. A Tunnel cannot be made without a VerifiedPeer, unless its listener asks for no
+certificate; an HTTP session cannot be made without a Door, which judges each of its requests. Lingering shuts
 down the write side and reads on for a moment: closing at once would send RST, and the peer would lose the
 alert or the answer that says why.
 """
@@ -14,31 +15,54 @@ alert or the answer that says why.
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from handfast.errors import Failure, Reason, RemoteProtocolError
-from handfast.guard.events import refusal_body, told
-from handfast.guard.http import HttpSession
-from handfast.guard.tunnel import Tunnel
-from handfast.pki.certificates import label, serial_text
+from handfast.errors import Failure, Reason
+from handfast.guard.entry import Announced, Gone, Handshaking, Lingering
+from handfast.guard.events import Logged, told
+from handfast.guard.limits import Gate
+from handfast.guard.places import join_address
+from handfast.guard.routes import Site
+from handfast.guard.upstream import Upstreams
+from handfast.pki.certificates import common_names
 from handfast.pki.verification import VerifiedPeer
-from handfast.policy import decide
-from handfast.tls.server import Accepted, Channel, Refused, ServerHandshake, TlsBroken
-from handfast.wire.http1 import MAX_HEAD, find_head, plain_response
+from handfast.tls.server import Facts, TlsBroken
+from handfast.wire.proxy import Address, Endpoints, TlsFacts, proxy_v2
 
 if TYPE_CHECKING:
     from handfast.guard.service import Guard
 
 MAX_UNREAD = 4 << 20  # bytes that may wait for a client that does not read; the app is paused long before
-LINGER = 2.0  # seconds for the peer to read why
-LINGER_BYTES = 1 << 18  # and what it may send meanwhile
 
-_HANDSHAKE_RECORD = 0x16  # RFC 8446 5.1; every TLS connection begins with one
-_LETTERS = frozenset(range(0x41, 0x5B))
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long, in seconds, and how much."""
+
+    handshake: float = 10  # from the first byte of the connection to the end of the handshake
+    head: float = 10  # from the first byte of a request to the end of its head
+    idle: float = 75  # between requests, or without a byte either way
+    response: float = 60  # from the request to the head of its response
+    tunnel_idle: float | None = None  # without a byte either way in TCP mode or a websocket; None: for ever
+    max_body: int | None = None  # bytes of a request's body
+
+
+@dataclass(slots=True)
+class Listener:
+    """One address that is listened on: what it speaks, whom it believes a PROXY header, and its limits."""
+
+    name: str
+    http: bool
+    limits: Limits
+    gate: Gate | None = None
+    proxy_from: tuple[IPv4Network | IPv6Network, ...] = ()
 
 
 class State(Protocol):
@@ -60,34 +84,63 @@ class State(Protocol):
         """The deadline of the state passed."""
 
 
+class Session(State, Protocol):
+    """A state that may reach an app."""
+
+    def start(self) -> None:
+        """Begin with what came along with the last of the handshake."""
+
+    def finish(self) -> None:
+        """Finish what is under way, and nothing more."""
+
+    def still_allowed(self) -> bool:
+        """Whether the site now in force allows what is under way."""
+
+
 class Connection(asyncio.Protocol):
     """The transport's side: owns the socket, the deadline and the id; the state does the rest."""
 
-    __slots__ = ("_state", "address", "deadline", "guard", "id", "opened", "peer", "transport", "who")
+    __slots__ = (
+        *("_entered", "_prefix", "_session", "_state", "address", "deadline", "facts", "gate", "guard", "id", "limits"),
+        *("listener", "opened", "peer", "site", "transport", "who"),
+    )
 
     transport: asyncio.Transport
+    site: Site  # set once the server name is known
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: Guard, listener: Listener) -> None:
         self.guard = guard
+        self.listener = listener
+        self.limits = listener.limits
+        self.gate = listener.gate
         self.id = secrets.token_hex(6)
         self.peer: VerifiedPeer | None = None
         self.who: str | None = None  # the peer's identity, as logs say it
+        self.facts: Facts | None = None
         self.deadline = 0.0
         self.address = ""
         self._state: State = Handshaking(self)
+        self._session: Session | None = None
+        self._entered: list[str | None] = []  # what the gate let in: the address, then the identity
+        self._prefix = b""  # what all log lines of requests have in common
 
     # What the event loop calls. An exception in here is a bug of ours, and refuses.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop's are no subclasses of it
-        self.opened = self.moment()
+        self.opened = monotonic()
         name = transport.get_extra_info("peername")
-        self.address = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else ""
+        self.address = join_address(name[0], name[1]) if isinstance(name, tuple) else ""
         self.guard.connections.add(self)
-        self.set_deadline(self.guard.limits.handshake)
+        self.guard.metrics.connection_opened(self.listener.name)
+        self.set_deadline(self.limits.handshake)
         if self.guard.draining:
             self.abort()
+        elif self.listener.proxy_from and self._believed(name):
+            self.become(Announced(self))
+        else:
+            self.enter()
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
@@ -100,8 +153,12 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
-        self.guard.connections.discard(self)
-        state, self._state = self._state, Gone()
+        guard = self.guard
+        guard.connections.discard(self)
+        guard.metrics.connection_closed(self.listener.name)
+        if self._entered and self.gate is not None:
+            self.gate.leave(self.host, self._entered[1] if len(self._entered) > 1 else None)
+        state, self._state, self._session = self._state, Gone(), None
         self._have(state.lost)
 
     def pause_writing(self) -> None:
@@ -123,13 +180,15 @@ class Connection(asyncio.Protocol):
 
     def recheck(self, now: datetime) -> None:
         """Act on a new snapshot: a peer that it does not trust, or cannot judge, is cut off."""
-        if self.peer is None:
+        if self._session is None or self.facts is None:
             return
         try:
-            failure = self.guard.snapshot.objection(self.peer, now)
-            if failure is None and isinstance(self._state, HttpSession | Tunnel):
-                allowed = self._state.allowed_by(self.guard.snapshot.policy)
-                failure = None if allowed else Failure(Reason.ENDED_POLICY)
+            sites = self.guard.snapshot.sites.get(self.listener.name)
+            site = None if sites is None else sites.pick(self.facts.server_name)
+            failure = Failure(Reason.ENDED_POLICY) if site is None else site.objection(self.peer, now)
+            if failure is None and site is not None:
+                self.site = site
+                failure = None if self._session.still_allowed() else Failure(Reason.ENDED_POLICY)
         except Exception as bug:
             self.bug(bug)
             return
@@ -138,14 +197,14 @@ class Connection(asyncio.Protocol):
 
     def drain(self) -> None:
         """Finish what is under way, and nothing more."""
-        state = self._state
-        if isinstance(state, HttpSession | Tunnel):
-            state.finish()
-        elif isinstance(state, Handshaking):
+        if self._session is not None:
+            self._session.finish()
+        elif isinstance(self._state, Handshaking):
             self.abort()
 
     def end_trust(self, failure: Failure) -> None:
         """Cut the peer off: nothing more goes either way."""
+        self.guard.metrics.ended(failure.reason.code)
         self.event("ended", {"decision": "deny"} | told(failure))
         self.abort()
 
@@ -156,9 +215,79 @@ class Connection(asyncio.Protocol):
 
     # What the states call.
 
-    def moment(self) -> float:
-        """The clock of deadlines, in seconds. Not the loop's: asking for the loop costs a system call."""
-        return monotonic()
+    @property
+    def host(self) -> str:
+        """The client's address without its port; '' over a UNIX socket."""
+        return self.address.rpartition(":")[0].strip("[]")
+
+    def enter(self) -> None:
+        """Be counted; too many are turned away before they cost anything."""
+        if self.gate is None:
+            return
+        failure = self.gate.admit_connection(self.host)
+        if failure is None:
+            self._entered.append(self.host)
+            failure = self.gate.admit_handshake(self.host, monotonic())
+        if failure is not None:
+            self.limited(failure)
+
+    def limited(self, failure: Failure) -> None:
+        """Turn the client away: a limit is reached."""
+        self.guard.metrics.limited(failure.reason.code)
+        self.event("connection", {"decision": "deny"} | told(failure))
+        self.abort()
+
+    def announced(self, source: Address | bytes) -> None:
+        """Take the client's address from a proxy that is believed."""
+        self.address = join_address(source.host, source.port) if isinstance(source, Address) else ""
+
+    def preface(self, upstreams: Upstreams) -> bytes:
+        """What a connection to these backends begins with: a PROXY header that tells whose it is, or nothing."""
+        if not upstreams.proxy:
+            return b""
+        facts, peer = self.facts, self.peer
+        assert facts is not None
+        leaf = None if peer is None else peer.leaf
+        names = () if leaf is None else common_names(leaf)
+        tls = TlsFacts(
+            version=facts.version,
+            cipher=facts.cipher,
+            alpn=facts.alpn,
+            server_name=facts.server_name,
+            verified=leaf is not None,
+            common_name=names[0].value if names else "",
+            certificate=b"" if peer is None else peer.leaf_der,
+        )
+        host, _, port = self.address.rpartition(":")
+        here = self.transport.get_extra_info("sockname")
+        if not host or not isinstance(here, tuple):
+            return proxy_v2(None, tls)
+        return proxy_v2(Endpoints(Address(host.strip("[]"), int(port)), Address(here[0], here[1])), tls)
+
+    def log_request(self, logged: Logged) -> None:
+        """Log a request that was forwarded."""
+        admission, timing, guard = logged.admission, logged.timing, self.guard
+        took = monotonic() - timing.began
+        decision = admission.decision
+        guard.metrics.request(self.listener.name, decision.effect, decision.reason.code, logged.status, took)
+        if not self._prefix:
+            common = {"event": "request", "id": self.id, "address": self.address, "peer": self.who}
+            self._prefix = json.dumps(common)[1:-1].encode()
+        if guard.log.plain and logged.failure is None and logged.outcome is None:
+            guard.log.emit_line(
+                b'%b,%b,"request":"%b-%d","status":%d,"ms":%.1f,"app_ms":%.1f,"bytes_in":%d,"bytes_out":%d}\n'
+                % (
+                    *(self._prefix, admission.note, self.id.encode(), logged.number, logged.status, took * 1000),
+                    *((timing.first_byte - timing.began) * 1000, timing.bytes_in, timing.bytes_out),
+                )
+            )
+            return
+        first = round((timing.first_byte - timing.began) * 1000, 1) if timing.first_byte else None
+        fields = json.loads(b"{%b}" % admission.note)
+        fields |= {"request": f"{self.id}-{logged.number}", "status": logged.status or None}
+        fields |= {"ms": round(took * 1000, 1), "app_ms": first, "outcome": logged.outcome}
+        fields |= {"bytes_in": timing.bytes_in, "bytes_out": timing.bytes_out}
+        self.event("request", fields | ({} if logged.failure is None else told(logged.failure)))
 
     def set_deadline(self, seconds: float) -> None:
         """Give the present state so long."""
@@ -174,6 +303,20 @@ class Connection(asyncio.Protocol):
         if self.transport.get_write_buffer_size() > MAX_UNREAD:
             self.abort()
 
+    def begin(self, session: Session) -> None:
+        """Go over to a session, which may reach an app."""
+        self._state = self._session = session
+        session.start()
+
+    def admit_identity(self) -> Failure | None:
+        """Have the gate count the peer, once it is known."""
+        if self.gate is None or self.who is None:
+            return None
+        failure = self.gate.admit_identity(self.who, monotonic())
+        if failure is None:
+            self._entered.append(self.who)
+        return failure
+
     def linger(self) -> None:
         """Say no more, and wait a moment for the peer to read what was said."""
         self.become(Lingering(self))
@@ -183,6 +326,13 @@ class Connection(asyncio.Protocol):
         made = {"id": self.id, "address": self.address, "peer": self.who}
         made |= fields
         self.guard.log.emit(event, self.guard.now, made)
+
+    def _believed(self, name: object) -> bool:
+        """Whether a PROXY header is taken from who connected."""
+        if not isinstance(name, tuple):
+            return True  # over a UNIX socket, whose mode says who may
+        address = ip_address(name[0].partition("%")[0])
+        return any(address in network for network in self.listener.proxy_from)
 
     def _have(self, happen: Callable[..., None], *what: bytes | bool) -> None:
         """Let something happen to the state. What goes wrong in it ends this connection, and no other."""
@@ -200,228 +350,3 @@ class Connection(asyncio.Protocol):
         detail = f"{type(bug).__name__}: {bug}"[:200]
         self.event("ended", {"decision": "deny"} | told(Failure(Reason.BUG, {"detail": detail})))
         self.abort()
-
-
-class Handshaking:
-    """Before anyone is known: nothing but a TLS handshake is understood."""
-
-    __slots__ = ("_connection", "_handshake")
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._handshake: ServerHandshake | None = None  # made with the first byte: a silent client costs little
-
-    def received(self, data: bytes) -> None:
-        """Bytes of the handshake."""
-        connection, guard = self._connection, self._connection.guard
-        if self._handshake is None:
-            if data[0] != _HANDSHAKE_RECORD:
-                self._not_tls(data)
-                return
-            self._handshake = guard.snapshot.context.accept(lambda: guard.now)
-        outcome = self._handshake.feed(data)
-        if records := self._handshake.take():
-            connection.transport.write(records)
-        match outcome:
-            case Accepted():
-                _admit(connection, outcome)
-            case Refused():
-                _refuse(connection, outcome)
-            case None:
-                pass
-
-    def ended(self) -> None:
-        """The client went away in the midst of it."""
-        if self._handshake is not None:
-            self._connection.event("connection", {"decision": "deny"} | told(Failure(Reason.TLS_CLOSED)))
-        self._connection.abort()
-
-    def writable(self, yes: bool) -> None:
-        """A handshake's few records always fit."""
-
-    def lost(self) -> None:
-        """Nothing to tidy."""
-
-    def expired(self) -> None:
-        """Too slow: make room for others."""
-        failure = Failure(Reason.TLS_TIMEOUT, {"limit": self._connection.guard.limits.handshake})
-        self._connection.event("connection", {"decision": "deny"} | told(failure))
-        self._connection.abort()
-
-    def _not_tls(self, data: bytes) -> None:
-        connection = self._connection
-        plain_http = connection.guard.target.http and data[0] in _LETTERS
-        failure = Failure(Reason.TLS_PLAIN_HTTP if plain_http else Reason.TLS_NOT_TLS)
-        connection.event("connection", {"decision": "deny"} | told(failure))
-        if plain_http:
-            connection.transport.write(plain_response(failure.reason.http, refusal_body(failure.reason, connection.id)))
-        connection.linger()
-
-
-class Refusing:
-    """A refused client whose handshake was finished: it may send one request, and is told why it is refused."""
-
-    __slots__ = ("_channel", "_connection", "_head", "_reason")
-
-    def __init__(self, connection: Connection, channel: Channel, reason: Reason) -> None:
-        self._connection = connection
-        self._channel = channel
-        self._reason = reason
-        self._head = b""
-
-    def received(self, data: bytes) -> None:
-        """Read until the head of the request is there; then answer. No byte of it goes anywhere."""
-        self._channel.feed(data)
-        self.read()
-
-    def read(self) -> None:
-        """See `received`."""
-        while plain := self._channel.read():
-            self._head += plain
-            try:
-                if find_head(self._head) < 0:
-                    continue
-            except RemoteProtocolError:
-                pass
-            self._answer()
-            return
-        if self._channel.at_eof or len(self._head) > MAX_HEAD:
-            self._answer()
-
-    def ended(self) -> None:
-        """It did not ask anything."""
-        self._connection.linger()
-
-    def writable(self, yes: bool) -> None:
-        """The one answer always fits."""
-
-    def lost(self) -> None:
-        """Nothing to tidy."""
-
-    def expired(self) -> None:
-        """It asked nothing in time."""
-        self._answer()
-
-    def _answer(self) -> None:
-        connection = self._connection
-        head_only = self._head.startswith(b"HEAD ")
-        body = refusal_body(self._reason, connection.id)
-        self._channel.write(plain_response(self._reason.http or 403, body, head_only=head_only))
-        self._channel.close()
-        connection.transport.write(self._channel.take())
-        connection.linger()
-
-
-class Lingering:
-    """All is said; what still comes is thrown away."""
-
-    __slots__ = ("_connection", "_left")
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._left = LINGER_BYTES
-        connection.set_deadline(LINGER)
-        if not connection.transport.is_closing():
-            connection.transport.write_eof()
-
-    def received(self, data: bytes) -> None:
-        """Throw it away, within bounds."""
-        self._left -= len(data)
-        if self._left < 0:
-            self._connection.abort()
-
-    def ended(self) -> None:
-        """The peer has closed too."""
-        self._connection.transport.close()
-
-    def writable(self, yes: bool) -> None:
-        """Nothing is written any more."""
-
-    def lost(self) -> None:
-        """Nothing to tidy."""
-
-    def expired(self) -> None:
-        """Long enough."""
-        self._connection.abort()
-
-
-class Gone:
-    """After the transport's last word: whatever a late callback says is ignored."""
-
-    __slots__ = ()
-
-    def received(self, data: bytes) -> None:
-        """Ignored."""
-
-    def ended(self) -> None:
-        """Ignored."""
-
-    def writable(self, yes: bool) -> None:
-        """Ignored."""
-
-    def lost(self) -> None:
-        """Ignored."""
-
-    def expired(self) -> None:
-        """Ignored."""
-
-
-def _admit(connection: Connection, accepted: Accepted) -> None:
-    guard, peer = connection.guard, accepted.peer
-    # The snapshot may have changed while the handshake ran (ztunnel#1986): judge by the one in force now.
-    failure = guard.snapshot.objection(peer, guard.now)
-    if failure is not None and failure.reason is not Reason.ENDED_POLICY:
-        _refuse(connection, Refused((failure,), peer.path, accepted.channel, accepted.facts))
-        return
-    connection.peer, connection.who = peer, str(peer.identity)
-    facts = accepted.facts
-    shown: dict[str, Any] = {
-        "authority": peer.identity.authority,
-        "serial": serial_text(peer.leaf.serial_number),
-        "version": facts.version,
-        "cipher": facts.cipher,
-        "group": facts.group,
-        "ms": round((connection.moment() - connection.opened) * 1000, 1),
-    }
-    if guard.target.http:
-        connection.event("connection", {"decision": "accept"} | shown)
-        session = HttpSession(connection, peer, accepted.channel, facts)
-        connection.become(session)
-        session.start()
-        return
-    if guard.log.broken:
-        _refuse(connection, Refused((Failure(Reason.GUARD_LOG_FAILED),), peer.path, accepted.channel, facts))
-        return
-    decision = decide(guard.snapshot.policy, peer, None)
-    rule = None if decision.rule is None else str(decision.rule)
-    if not decision.allowed:
-        failure = Failure(decision.reason, {"who": str(peer.identity), "rule": rule})
-        connection.event("connection", {"decision": "deny", "rule": rule} | told(failure) | shown)
-        accepted.channel.close()
-        connection.transport.write(accepted.channel.take())
-        connection.linger()
-        return
-    connection.event("connection", {"decision": "allow", "rule": rule, "reason": decision.reason.code} | shown)
-    tunnel = Tunnel(connection, peer, accepted.channel)
-    connection.become(tunnel)
-    tunnel.start()
-
-
-def _refuse(connection: Connection, refused: Refused) -> None:
-    first = refused.failures[0]
-    shown: dict[str, Any] = {}
-    if refused.presented:
-        leaf = refused.presented[0]
-        shown = {"presented": label(leaf), "serial": serial_text(leaf.serial_number)}
-    also = [failure.reason.code for failure in refused.failures[1:]] or None
-    connection.event("connection", {"decision": "deny"} | told(first) | {"also": also} | shown)
-    if refused.channel is not None and connection.guard.target.http:
-        refusing = Refusing(connection, refused.channel, first.reason)
-        connection.become(refusing)
-        connection.set_deadline(connection.guard.limits.head)
-        refusing.read()
-        return
-    if refused.channel is not None:
-        refused.channel.close()
-        connection.transport.write(refused.channel.take())
-    connection.linger()

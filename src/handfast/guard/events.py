@@ -6,15 +6,24 @@ It never holds a key, a token or a query string.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import queue
 import threading
-from datetime import datetime
-from typing import Any, BinaryIO
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from time import gmtime, strftime, time
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import msgspec
 
 from handfast.errors import Failure, Reason
+
+if TYPE_CHECKING:
+    from handfast.guard.door import Admission
 
 MAX_PENDING = 16 << 20  # bytes that may wait for a slow reader of the log before it counts as broken
 
@@ -22,28 +31,24 @@ MAX_PENDING = 16 << 20  # bytes that may wait for a slow reader of the log befor
 _encode = msgspec.json.Encoder().encode  # instants as RFC 3339 has them
 
 
-class RequestEvent(msgspec.Struct, omit_defaults=True):
-    """One request that was forwarded, as the log says it. A struct, since there is one for every request."""
+@dataclass(slots=True)
+class Timing:
+    """How a request goes: seconds on the clock of `monotonic` (`first_byte` 0: none came), and bytes of its app's."""
 
-    event: str
-    time: datetime
-    id: str
-    address: str
-    peer: str | None
-    request: str
-    decision: str
-    rule: str | None
-    status: int | None
-    method: str
-    host: str
-    path: str  # never the query, which may hold secrets
-    reason: str
-    ms: float
-    app_ms: float | None
-    bytes_in: int
-    bytes_out: int
-    detail: str | None = None
-    remedy: str | None = None
+    began: float
+    first_byte: float = 0.0
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+class Logged(NamedTuple):
+    """A request that was forwarded, as its log line needs it. `status` 0: no answer came."""
+
+    number: int  # of the connection's requests
+    admission: Admission
+    status: int
+    timing: Timing
+    failure: Failure | None = None
     outcome: str | None = None
 
 
@@ -54,11 +59,15 @@ class EventLog:
     was collected since the last flush.
     """
 
-    def __init__(self, stream: BinaryIO, *, pretty: bool) -> None:
+    def __init__(self, stream: BinaryIO, *, pretty: bool, lock: int | None = None) -> None:
+        """`lock`: a file's descriptor, for processes that share the stream: a batch is written under its lock."""
         self.broken = False
+        # Opened anew: a lock belongs to the opening, and what is inherited is one and the same (flock(2)).
+        self._lock = None if lock is None else os.open(f"/proc/self/fd/{lock}", os.O_RDWR | os.O_CLOEXEC)
         self._stream = stream
         self._pretty = pretty
         self._lines: list[bytes] = []
+        self._second, self._words = 0, b""
         self._batches: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._handed = 0  # bytes, counted by the event loop alone
         self._written = 0  # bytes, counted by the writing thread alone
@@ -69,13 +78,22 @@ class EventLog:
         """Take one event. Values are JSON values; None is left out. Raises nothing; see `broken`."""
         self._lines.append((_pretty if self._pretty else _json)(event, when, fields))
 
-    def emit_request(self, event: RequestEvent) -> None:
-        """Take the event of a request that was forwarded."""
-        if self._pretty:
-            fields = msgspec.structs.asdict(event)
-            self._lines.append(_pretty(fields.pop("event"), fields.pop("time"), fields))
-        else:
-            self._lines.append(_encode(event) + b"\n")
+    def emit_line(self, line: bytes) -> None:
+        """Take one event that is a line of JSON already, without `time`; only where `plain`."""
+        self._lines.append(b'{"time":"%b",%b' % (self._stamp(), line))
+
+    @property
+    def plain(self) -> bool:
+        """Whether events are written as JSON."""
+        return not self._pretty
+
+    def _stamp(self) -> bytes:
+        """The instant as RFC 3339 has it; its seconds are put in words once a second."""
+        moment = time()
+        second = int(moment)
+        if second != self._second:
+            self._second, self._words = second, strftime("%Y-%m-%dT%H:%M:%S", gmtime(second)).encode()
+        return b"%b.%06dZ" % (self._words, (moment - second) * 1_000_000)
 
     def flush(self) -> None:
         """Have written what was collected."""
@@ -95,15 +113,41 @@ class EventLog:
         self._batches.put(None)
         self._thread.join(2)
 
+    @staticmethod
+    def write_one(stream: BinaryIO, event: str, fields: dict[str, Any], *, pretty: bool, lock: int) -> None:
+        """Write one event at once, for a process that may have no thread. Raises OSError."""
+        line = (_pretty if pretty else _json)(event, datetime.now(UTC), fields)
+        own = os.open(f"/proc/self/fd/{lock}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            with _held(own):
+                stream.write(line)
+                stream.flush()
+        finally:
+            os.close(own)
+
     def _write_all(self) -> None:
         while (batch := self._batches.get()) is not None:
             try:
-                self._stream.write(batch)
-                self._stream.flush()
+                with _held(self._lock):
+                    self._stream.write(batch)
+                    self._stream.flush()
                 self.broken = False
             except (OSError, ValueError):
                 self.broken = True
             self._written += len(batch)
+
+
+@contextmanager
+def _held(lock: int | None) -> Iterator[None]:
+    """Hold a lock among processes; it ends with the process at the latest."""
+    if lock is None:
+        yield
+        return
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def told(failure: Failure) -> dict[str, Any]:

@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from time import time
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from handfast.errors import Failure, Reason, RemoteProtocolError
-from handfast.guard.events import RequestEvent, refusal_body, told
-from handfast.guard.upstream import Upstream, dial
-from handfast.pki.verification import VerifiedPeer
-from handfast.policy import Decision, Policy, Request, Rule, decide_by, rules_about
-from handfast.tls.server import Channel, Facts
+from handfast.guard.door import Admission, Door, strip, strip_override
+from handfast.guard.events import Logged, Timing, refusal_body, told
+from handfast.guard.places import Speech
+from handfast.guard.upstream import SecureUpstream, Upstream, Upstreams
+from handfast.tls.server import Channel
 from handfast.wire.bodies import Body, BodyKind, body_reader
 from handfast.wire.http1 import (
     MAX_HEAD,
@@ -34,20 +34,18 @@ from handfast.wire.http1 import (
     rewrite_response,
     stays_open,
 )
-from handfast.wire.identity import claims_identity, client_cert, client_identity, fold, overrides_request
-from handfast.wire.targets import ambiguous_path, normal_host
-from handfast.wire.usual import Requests, usual_answer
+from handfast.wire.usual import Answers, Requests
 
 if TYPE_CHECKING:
     from handfast.guard.connection import Connection
 
 _SAFE = frozenset({b"GET", b"HEAD", b"OPTIONS"})  # RFC 9110 9.2.1: asking twice does what asking once does
-# What a proxy says of the client's side; ours replaces whatever the client sent.
-_FORWARDED = frozenset(
+_NO_BODY = body_reader(BodyKind.NONE, 0)
+# What is said of one request, and not of those that may follow it on the connection.
+_OTHERS_MAY = frozenset(
     {
-        *(b"xforwardedfor", b"xforwardedproto", b"forwarded", b"xrealip", b"xforwardedhost", b"xforwardedport"),
-        *(b"xforwardedserver", b"xforwardedscheme", b"xforwardedssl", b"xoriginalhost"),
-        *(b"scriptname", b"pathinfo"),  # gunicorn takes these from 127.0.0.1 for its own, and moves the path
+        *(Reason.POLICY_DENIED, Reason.POLICY_NO_RULE, Reason.VERIFY_NO_CERTIFICATE, Reason.HTTP_NO_ROUTE),
+        *(Reason.LIMIT_REQUESTS, Reason.HTTP_MISDIRECTED),
     }
 )
 
@@ -56,11 +54,11 @@ _FORWARDED = frozenset(
 class Exchange:
     """One request and its answer."""
 
-    id: str
+    number: int  # of the connection's requests
     head: RequestHead
-    decision: Decision
+    admission: Admission
     body: Body
-    began: float
+    timing: Timing
     again: bytes | None  # the request, kept while it may be sent a second time on a fresh connection
     waiting: list[bytes] = field(default_factory=list)  # for the app, until it is connected
     answer: bytes = b""  # the answer's head, as far as it has come
@@ -68,39 +66,26 @@ class Exchange:
     response_body: Body | None = None
     keep: bool = False  # whether the client's connection carries another request after this
     tunnel: bool = False  # a websocket: from here on bytes
-    first_byte: float = 0.0
-    bytes_in: int = 0
-    bytes_out: int = 0
+    moved: int = 0  # bytes of a websocket, when its deadline was last looked at
 
 
 class HttpSession:
-    """A connection that may carry requests: it cannot be made without a VerifiedPeer."""
+    """A connection that may carry requests: it cannot be made without a Door."""
 
     __slots__ = (
-        *(
-            "_blocked",
-            "_buffer",
-            "_channel",
-            "_closed",
-            "_connection",
-            "_count",
-            "_dialling",
-            "_exchange",
-            "_finishing",
-        ),
-        *("_full", "_head_begun", "_policy"),
-        *("_reading", "_requests", "_rules", "_server_name", "_trusted_until", "_unread", "_upstream", "peer"),
+        *("_answers", "_blocked", "_buffer", "_channel", "_closed", "_connection", "_count", "_dialling", "_door"),
+        *("_exchange", "_finishing", "_full", "_head_begun", "_reading", "_requests", "_unread", "_upstream"),
+        "_upstreams",
     )
 
-    def __init__(self, connection: Connection, peer: VerifiedPeer, channel: Channel, facts: Facts) -> None:
-        self.peer = peer
+    def __init__(self, connection: Connection, door: Door, channel: Channel) -> None:
         self._connection = connection
+        self._door = door
         self._channel = channel
-        self._server_name = normal_host(facts.server_name) or b"" if facts.server_name else None
-        self._trusted_until = peer.not_after.timestamp()
         self._buffer = b""  # plain bytes that no exchange has taken yet
         self._exchange: Exchange | None = None
-        self._upstream: Upstream | None = None
+        self._upstream: Upstream | SecureUpstream | None = None
+        self._upstreams: Upstreams | None = None  # what it, or what is being dialled, belongs to
         self._dialling: asyncio.Task[None] | None = None
         self._full = False  # the way to the app is full
         self._reading = True
@@ -110,19 +95,12 @@ class HttpSession:
         self._closed = False  # all is said
         self._head_begun = False
         self._count = 0
-        self._policy: Policy | None = None
-        self._rules: list[Rule] = []  # of that policy, about this peer
-        ours = (
-            (b"X-Forwarded-For", connection.address.rpartition(":")[0].encode()),
-            (b"X-Forwarded-Proto", b"https"),
-            (b"Client-Cert", client_cert(peer.leaf_der)),
-            (b"Client-Identity", client_identity(peer.identity.name)),
-        )
-        self._requests = Requests(ours, _strip)
+        self._requests = Requests(door.headers(), strip_override if door.strips_overrides else strip)
+        self._answers = Answers()
 
     def start(self) -> None:
         """Read what came along with the last of the handshake."""
-        self._connection.set_deadline(self._connection.guard.limits.idle)
+        self._connection.set_deadline(self._connection.limits.idle)
         self._pump()
 
     # The client's side.
@@ -130,6 +108,8 @@ class HttpSession:
     def received(self, data: bytes) -> None:
         """Records from the client."""
         self._channel.feed(data)
+        if self._exchange is None and self._usual():
+            return
         self._unread = True
         self._pump()
 
@@ -142,9 +122,9 @@ class HttpSession:
         self._blocked = not yes
         if self._upstream is not None and self._upstream.usable:
             if yes:
-                self._upstream.transport.resume_reading()
+                self._upstream.resume()
             else:
-                self._upstream.transport.pause_reading()
+                self._upstream.pause()
         if yes:
             self._advance()
             self._pump()
@@ -158,15 +138,25 @@ class HttpSession:
 
     def expired(self) -> None:
         """The deadline of what is awaited passed."""
-        exchange, limits = self._exchange, self._connection.guard.limits
+        exchange, limits = self._exchange, self._connection.limits
         if exchange is None:
             if self._buffer:
                 self._refuse(Failure(Reason.HTTP_TIMEOUT))
             else:
                 self._close()
+        elif exchange.tunnel:
+            moved = exchange.timing.bytes_in + exchange.timing.bytes_out
+            if moved != exchange.moved:
+                exchange.moved = moved
+                self._connection.set_deadline(limits.tunnel_idle or limits.idle)
+                return
+            self._log(exchange, Failure(Reason.ENDED_IDLE, {"limit": f"{limits.tunnel_idle:g}"}))
+            self._exchange = None
+            self._connection.abort()
         elif exchange.response is None and exchange.body.done:
-            target = str(self._connection.guard.target)
-            self._fail(Failure(Reason.UPSTREAM_TIMEOUT, {"target": target, "limit": f"{limits.response:g}"}))
+            upstreams = exchange.admission.route.upstreams
+            limit = upstreams.response or limits.response
+            self._fail(Failure(Reason.UPSTREAM_TIMEOUT, {"target": str(upstreams), "limit": f"{limit:g}"}))
         elif exchange.response is None:
             self._fail(Failure(Reason.HTTP_TIMEOUT))
         else:
@@ -180,13 +170,44 @@ class HttpSession:
         if self._exchange is None and not self._buffer:
             self._close()
 
-    def allowed_by(self, policy: Policy) -> bool:
-        """Whether a new policy allows what is under way: a websocket goes on; another request is judged anyway."""
+    def still_allowed(self) -> bool:
+        """Whether what is under way is: a websocket goes on; another request is judged anyway."""
         exchange = self._exchange
-        if exchange is None or not exchange.tunnel:
-            return True
-        request = Request(exchange.head.method, exchange.head.path)
-        return decide_by(rules_about(policy, self.peer), request).allowed
+        return exchange is None or not exchange.tunnel or self._door.allows(exchange.head.method, exchange.head.path)
+
+    def _usual(self) -> bool:
+        """Take what came if it is one request like those before it, and its app is there. False: nothing was taken.
+
+        All that `_pump` and `_advance` would do for it, in one piece.
+        """
+        channel, upstream = self._channel, self._upstream
+        if self._buffer or self._closed or self._blocked or self._full or upstream is None:
+            return False
+        plain = channel.read()
+        if channel.more or channel.at_eof or not plain:
+            self._buffer = plain
+            return False
+        known = self._requests.usual(plain)
+        if known is None or not upstream.usable:
+            self._buffer = plain
+            return False
+        head, sent = known
+        admission = self._door.judge(head.method, head.path, head.host)
+        if (
+            not isinstance(admission, Admission)
+            or admission.route.upstreams is not self._upstreams
+            or self._door.headers() is not self._requests.set_headers
+            or self._door.strips_overrides is not (self._requests.strip is strip_override)
+        ):
+            self._buffer = plain
+            return False
+        connection = self._connection
+        self._count += 1
+        again = sent if head.method in _SAFE else None
+        self._exchange = Exchange(self._count, head, admission, _NO_BODY, Timing(monotonic()), again)
+        connection.set_deadline(self._upstreams.response or connection.limits.response)
+        upstream.write(sent)
+        return True
 
     def _pump(self) -> None:
         """Take plain bytes while there is somewhere to put them."""
@@ -232,7 +253,7 @@ class HttpSession:
                     return
             elif exchange.tunnel:
                 data, self._buffer = self._buffer, b""
-                exchange.bytes_in += len(data)
+                exchange.timing.bytes_in += len(data)
                 self._to_app(data)
             elif not exchange.body.done:
                 if not self._take_body(exchange):
@@ -242,13 +263,12 @@ class HttpSession:
 
     def _next_request(self) -> bool:
         """Begin with the next request, if its head is there and may go on."""
-        guard = self._connection.guard
         try:
             end = find_head(self._buffer)
             if end < 0:
                 if not self._head_begun:  # once: a byte now and then buys no more time
                     self._head_begun = True
-                    self._connection.set_deadline(guard.limits.head)
+                    self._connection.set_deadline(self._connection.limits.head)
                 return False
             head = self._requests.parse(self._buffer[:end])
         except RemoteProtocolError as error:
@@ -257,71 +277,60 @@ class HttpSession:
         self._buffer = self._buffer[end:]
         self._head_begun = False
         self._count += 1
-        policy = guard.snapshot.policy
-        failure = self._objection(head, policy)
-        if failure is not None:
-            self._refuse(failure, head)
+        if head.upgrade is not None and not head.websocket:
+            self._refuse(Failure(Reason.HTTP_METHOD, {"method": f"Upgrade: {head.upgrade.decode('latin-1')[:32]}"}))
             return False
-        if policy is not self._policy:  # a new snapshot reaches the next request
-            self._policy, self._rules = policy, rules_about(policy, self.peer)
-            self._requests.strip_by(_strip_override if policy.judges_requests else _strip)
-        decision = decide_by(self._rules, Request(head.method, head.path))
-        if not decision.allowed:
-            return self._deny(head, decision)
-        self._forward(head, decision)
+        judged = self._door.judge(head.method, head.path, head.host)
+        if isinstance(judged, Failure):
+            return self._deny(head, judged)
+        limit = self._connection.limits.max_body
+        if limit is not None and head.length > limit:
+            self._refuse(Failure(Reason.HTTP_BODY_TOO_LARGE, {"limit": limit}), head)
+            return False
+        if judged.route.upstreams.target.speech is Speech.HTTP2:  # it takes no HTTP/1.1
+            self._refuse(Failure(Reason.HTTP_VERSION), head)
+            return False
+        self._forward(head, judged)
         return True
 
-    def _objection(self, head: RequestHead, policy: Policy) -> Failure | None:
-        """What forbids to judge the request at all."""
-        if self._connection.guard.log.broken:
-            return Failure(Reason.GUARD_LOG_FAILED)
-        if time() >= self._trusted_until:
-            return Failure(Reason.ENDED_EXPIRED)
-        if self._server_name is not None and self._server_name != head.host:
-            return Failure(Reason.HTTP_MISDIRECTED)
-        if policy.judges_paths and ambiguous_path(head.path):
-            return Failure(Reason.HTTP_AMBIGUOUS_PATH)
-        if head.upgrade is not None and not head.websocket:
-            return Failure(Reason.HTTP_METHOD, {"method": f"Upgrade: {head.upgrade.decode('latin-1')[:32]}"})
-        return None
-
-    def _deny(self, head: RequestHead, decision: Decision) -> bool:
-        rule = None if decision.rule is None else str(decision.rule)
-        failure = Failure(decision.reason, {"who": str(self.peer.identity), "rule": rule})
-        if head.body is not BodyKind.NONE or not head.keep_alive or self._finishing:
+    def _deny(self, head: RequestHead, failure: Failure) -> bool:
+        """Answer a request that may not go on; the connection carries others where that is the policy's word."""
+        lasting = failure.reason in _OTHERS_MAY and head.body is BodyKind.NONE and head.keep_alive
+        if not lasting or self._finishing:
             self._refuse(failure, head)
             return False
         self._answer(failure, head, close=False)
-        self._connection.set_deadline(self._connection.guard.limits.idle)
+        self._connection.set_deadline(self._connection.limits.idle)
         return True
 
     # The request, on its way to the app.
 
-    def _forward(self, head: RequestHead, decision: Decision) -> None:
-        connection = self._connection
+    def _forward(self, head: RequestHead, admission: Admission) -> None:
+        connection, upstreams = self._connection, admission.route.upstreams
+        self._requests.set_by(self._door.headers(), strip_override if self._door.strips_overrides else strip)
         sent = self._requests.rewrite(head)
         repeatable = head.body is BodyKind.NONE and head.method in _SAFE and not head.websocket
         exchange = Exchange(
-            id=f"{connection.id}-{self._count}",
+            number=self._count,
             head=head,
-            decision=decision,
+            admission=admission,
             body=body_reader(head.body, head.length),
-            began=connection.moment(),
+            timing=Timing(monotonic()),
             again=sent if repeatable else None,
         )
         self._exchange = exchange
-        connection.set_deadline(connection.guard.limits.response)
-        if self._upstream is not None and self._upstream.usable:
-            self._upstream.transport.write(sent)
+        connection.set_deadline(upstreams.response or connection.limits.response)
+        if self._upstream is not None and self._upstream.usable and upstreams is self._upstreams:
+            self._upstream.write(sent)
         else:
             exchange.again = None  # the connection is new: a failure is the app's word
             exchange.waiting.append(sent)
-            self._dial()
+            self._dial(upstreams)
 
-    def _dial(self) -> None:
-        guard = self._connection.guard
+    def _dial(self, upstreams: Upstreams) -> None:
         self._drop_upstream()
-        self._dialling = dial(guard.target, self, guard.limits.connect)
+        self._upstreams = upstreams
+        self._dialling = upstreams.dial(self, self._connection.preface(upstreams))
 
     def _take_body(self, exchange: Exchange) -> bool:
         try:
@@ -329,9 +338,13 @@ class HttpSession:
         except RemoteProtocolError as error:
             self._fail(error.failure)
             return False
-        exchange.bytes_in += used
+        exchange.timing.bytes_in += used
         self._buffer = self._buffer[used:]
-        self._connection.set_deadline(self._connection.guard.limits.response)
+        limit = self._connection.limits.max_body
+        if limit is not None and exchange.timing.bytes_in > limit:  # it did not say beforehand (chunked)
+            self._fail(Failure(Reason.HTTP_BODY_TOO_LARGE, {"limit": limit}))
+            return False
+        self._connection.set_deadline(self._connection.limits.response)
         if out:
             self._to_app(out)
         return True
@@ -342,11 +355,11 @@ class HttpSession:
         if exchange.waiting or self._upstream is None:
             exchange.waiting.append(data)
         elif self._upstream.usable:
-            self._upstream.transport.write(data)
+            self._upstream.write(data)
 
     # The app's side.
 
-    def upstream_open(self, upstream: Upstream) -> None:
+    def upstream_open(self, upstream: Upstream | SecureUpstream) -> None:
         """See Owner."""
         self._dialling = None
         exchange = self._exchange
@@ -355,9 +368,9 @@ class HttpSession:
             return
         self._upstream = upstream
         if self._blocked:
-            upstream.transport.pause_reading()
+            upstream.pause()
         waiting, exchange.waiting = exchange.waiting, []
-        upstream.transport.write(b"".join(waiting))
+        upstream.write(b"".join(waiting))
         self._advance()
         self._pump()
 
@@ -373,11 +386,27 @@ class HttpSession:
             self._drop_upstream()
             return
         exchange.again = None
+        if exchange.body is _NO_BODY and exchange.response is None and not exchange.answer and not self._finishing:
+            known = self._answers.whole(data)
+            if known is not None:
+                exchange.response, sent = known
+                exchange.timing.first_byte = monotonic()
+                exchange.timing.bytes_out = len(sent)
+                self._channel.write(sent)
+                exchange.keep = True
+                self._done(exchange, reusable=True)
+                if self._channel.at_eof or self._buffer or self._unread:
+                    self._flush()
+                    self._advance()
+                    self._pump()
+                else:
+                    self._connection.send(self._channel.take())
+                return
         try:
             self._take_answer(exchange, data)
         except RemoteProtocolError as error:
             detail = error.facts.get("detail", error.failure.message)
-            facts = {"target": str(self._connection.guard.target), "detail": detail}
+            facts = {"target": str(exchange.admission.route.upstreams), "detail": detail}
             self._fail(Failure(Reason.UPSTREAM_BAD_RESPONSE, facts))
             return
         self._flush()
@@ -409,7 +438,7 @@ class HttpSession:
     def _take_answer(self, exchange: Exchange, data: bytes) -> None:
         """Read what the app sent; write what of it goes to the client."""
         out: list[bytes] = []
-        limits = self._connection.guard.limits
+        limits = self._connection.limits
         while data and self._exchange is exchange:
             if exchange.tunnel:
                 out.append(data)
@@ -431,7 +460,7 @@ class HttpSession:
             if not exchange.tunnel:
                 self._connection.set_deadline(limits.idle)
         whole = b"".join(out) if len(out) != 1 else out[0]
-        exchange.bytes_out += len(whole)
+        exchange.timing.bytes_out += len(whole)
         if whole:
             self._channel.write(whole)
         if exchange.response_body is not None and exchange.response_body.done and not exchange.tunnel:
@@ -439,14 +468,14 @@ class HttpSession:
 
     def _take_head(self, exchange: Exchange, head: bytes) -> bytes:
         """Take the head of the app's answer; return what goes to the client."""
-        request = exchange.head
+        request, limits = exchange.head, self._connection.limits
         minor = request.minor
-        exchange.first_byte = exchange.first_byte or self._connection.moment()
+        exchange.timing.first_byte = exchange.timing.first_byte or monotonic()
         # A client that has not sent all of its body yet cannot be asked for another request behind it, and one
         # that asked for a websocket and got none may already speak its language (a way to smuggle).
         may_keep = exchange.body.done and not request.websocket and not self._finishing
         if may_keep and minor and request.keep_alive and request.method != b"HEAD":
-            usual = usual_answer(head)
+            usual = self._answers.usual(head)
             if usual is not None:
                 exchange.response, sent = usual
                 exchange.response_body = body_reader(BodyKind.LENGTH, exchange.response.length)
@@ -456,7 +485,10 @@ class HttpSession:
         if response.status == 101:
             made = rewrite_response(response, True, request.websocket)
             exchange.response, exchange.tunnel = response, True
-            self._connection.deadline = float("inf")
+            if limits.tunnel_idle is None:
+                self._connection.deadline = float("inf")
+            else:
+                self._connection.set_deadline(limits.tunnel_idle)
             return made
         if response.status < 200:
             return rewrite_response(response, True) if minor else b""
@@ -475,7 +507,7 @@ class HttpSession:
         if not exchange.keep or self._channel.at_eof:
             self._close()
         else:
-            self._connection.set_deadline(self._connection.guard.limits.idle)
+            self._connection.set_deadline(self._connection.limits.idle)
 
     def _upstream_gone(self, *, reset: bool) -> None:
         """The app closed its side: the end of an answer, or a failure."""
@@ -485,9 +517,9 @@ class HttpSession:
             return
         if exchange.again is not None:  # a kept connection that the app closed as we wrote: ask once more
             exchange.waiting, exchange.again = [exchange.again], None
-            self._dial()
+            self._dial(exchange.admission.route.upstreams)
         elif exchange.response is None:
-            facts = {"target": str(self._connection.guard.target), "detail": "it closed without an answer"}
+            facts = {"target": str(exchange.admission.route.upstreams), "detail": "it closed without an answer"}
             self._fail(Failure(Reason.UPSTREAM_DOWN, facts))
         elif not reset and (exchange.response.body is BodyKind.UNTIL_CLOSE or exchange.tunnel):
             exchange.keep = False
@@ -519,7 +551,7 @@ class HttpSession:
     def _answer(
         self, failure: Failure, head: RequestHead | None, *, close: bool, exchange: Exchange | None = None
     ) -> None:
-        request_id = exchange.id if exchange is not None else f"{self._connection.id}-{self._count}"
+        request_id = f"{self._connection.id}-{self._count if exchange is None else exchange.number}"
         fields = {} if head is None else _request_fields(head)
         rule = failure.facts.get("rule")
         status = failure.reason.http or 403
@@ -564,32 +596,9 @@ class HttpSession:
             self._upstream = None
 
     def _log(self, exchange: Exchange, failure: Failure | None = None, outcome: str | None = None) -> None:
-        connection, head, decision = self._connection, exchange.head, exchange.decision
-        guard, took = connection.guard, connection.moment() - exchange.began
-        guard.log.emit_request(
-            RequestEvent(
-                event="request",
-                time=guard.now,
-                id=connection.id,
-                address=connection.address,
-                peer=connection.who,
-                request=exchange.id,
-                decision=decision.effect,
-                rule=None if decision.rule is None else decision.rule.text,
-                status=None if exchange.response is None else exchange.response.status,
-                method=head.method.decode("ascii", "replace"),
-                host=head.host.decode("ascii", "replace"),
-                path=head.path[:512].decode("ascii", "replace"),
-                reason=decision.reason.code if failure is None else failure.reason.code,
-                ms=round(took * 1000, 1),
-                app_ms=round((exchange.first_byte - exchange.began) * 1000, 1) if exchange.first_byte else None,
-                bytes_in=exchange.bytes_in,
-                bytes_out=exchange.bytes_out,
-                detail=None if failure is None else failure.message,
-                remedy=None if failure is None else failure.hint or None,
-                outcome=outcome,
-            )
-        )
+        status = 0 if exchange.response is None else exchange.response.status
+        logged = Logged(exchange.number, exchange.admission, status, exchange.timing, failure, outcome)
+        self._connection.log_request(logged)
 
 
 def _request_fields(head: RequestHead) -> dict[str, str]:
@@ -599,12 +608,3 @@ def _request_fields(head: RequestHead) -> dict[str, str]:
         "host": head.host.decode("ascii", "replace"),
         "path": head.path[:512].decode("ascii", "replace"),
     }
-
-
-def _strip(name: bytes) -> bool:
-    return claims_identity(name) or fold(name) in _FORWARDED
-
-
-def _strip_override(name: bytes) -> bool:
-    """Where rules judge method and path, no header may tell the app another one."""
-    return _strip(name) or overrides_request(name)

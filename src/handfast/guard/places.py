@@ -5,45 +5,101 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 
 from handfast.errors import InvalidInput, Reason
 
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?\.?")
 
 
+class Speech(StrEnum):
+    """What an app is spoken to in."""
+
+    HTTP1 = "http"
+    HTTP2 = "h2"
+    BYTES = "tcp"  # forwarded unread
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where the app is. `http` false: bytes are forwarded unread. `path` is a UNIX socket's."""
+    """Where the app is, and how to speak to it. `path` is a UNIX socket's; `tls`: over TLS of our own."""
 
-    http: bool
+    speech: Speech
     host: str = ""
     port: int = 0
     path: str = ""
+    tls: bool = False
+
+    @property
+    def http(self) -> bool:
+        """Whether requests are forwarded, and not bytes."""
+        return self.speech is not Speech.BYTES
 
     def __str__(self) -> str:
         place = f"unix:{self.path}" if self.path else join_address(self.host, self.port)
-        return place if self.http else f"tcp://{place}" if not self.path else f"tcp+{place}"
+        scheme = next(name for name, known in _SCHEMES.items() if known == (self.speech, self.tls))
+        if scheme == "http":
+            return place
+        return f"{scheme}+{place}" if self.path else f"{scheme}://{place}"
+
+
+_SCHEMES = {
+    "http": (Speech.HTTP1, False),
+    "https": (Speech.HTTP1, True),
+    "h2c": (Speech.HTTP2, False),  # HTTP/2 from the first byte (RFC 9113 3.3), as gRPC servers speak it
+    "h2": (Speech.HTTP2, True),
+    "tcp": (Speech.BYTES, False),
+    "tls": (Speech.BYTES, True),
+}
 
 
 def parse_target(text: str) -> Target:
-    """Parse `[http://]HOST:PORT`, `tcp://HOST:PORT`, `unix:PATH` or `tcp+unix:PATH`.
+    """Parse `[SCHEME://]HOST:PORT`, `unix:PATH` or `SCHEME+unix:PATH`.
 
-    Raises InvalidInput (INPUT_TARGET).
+    SCHEME is http (if none is given), https, h2c, h2, tcp or tls. Raises InvalidInput (INPUT_TARGET).
     """
-    scheme, mark, rest = text.partition("://")
-    if not mark:
-        scheme, rest = "http", text
-    if scheme not in ("http", "tcp"):
-        raise _bad(Reason.INPUT_TARGET, text, f"{scheme}:// is not spoken to apps; http:// and tcp:// are")
-    if rest.startswith(("unix:", "tcp+unix:")):
-        path = rest.partition("unix:")[2]
+    before, mark, path = text.partition("unix:")
+    if mark and (not before or before.endswith(("+", "://"))):
+        speech, tls = _scheme(text, before.removesuffix("+").removesuffix("://") or "http")
         if not path or "\0" in path or len(path.encode()) > 107:  # sun_path, unix(7)
             raise _bad(Reason.INPUT_TARGET, text, "a socket's path has 1 to 107 bytes")
-        return Target(http=scheme == "http" and not rest.startswith("tcp+"), path=path)
-    host, port = _split(text, rest.removesuffix("/"), Reason.INPUT_TARGET)
+        return Target(speech, path=path, tls=tls)
+    scheme, mark, rest = text.partition("://")
+    speech, tls = _scheme(text, scheme if mark else "http")
+    host, port = _split(text, (rest if mark else text).removesuffix("/"), Reason.INPUT_TARGET)
     if port == 0:
         raise _bad(Reason.INPUT_TARGET, text, "port 0 is no place to connect to")
-    return Target(http=scheme == "http", host=host, port=port)
+    return Target(speech, host, port, tls=tls)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where to listen: an address, a UNIX socket's path, or a socket that systemd made, by its name."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    systemd: str = ""
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        return f"systemd:{self.systemd}" if self.systemd else join_address(self.host, self.port)
+
+
+def parse_place(text: str) -> Place:
+    """Parse `HOST:PORT`, `:PORT`, `PORT`, `unix:PATH` or `systemd:NAME`. Raises InvalidInput (INPUT_ADDRESS)."""
+    kind, _, rest = text.partition(":")
+    if kind == "unix":
+        if not rest or "\0" in rest or len(rest.encode()) > 107:
+            raise _bad(Reason.INPUT_ADDRESS, text, "a socket's path has 1 to 107 bytes")
+        return Place(path=rest)
+    if kind == "systemd":
+        if not re.fullmatch(r"[!-9;-~]{1,255}", rest):  # FileDescriptorName=, systemd.socket(5)
+            raise _bad(Reason.INPUT_ADDRESS, text, "a socket's name has 1 to 255 visible characters and no colon")
+        return Place(systemd=rest)
+    host, port = parse_address(text)
+    return Place(host, port)
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -68,6 +124,13 @@ def _split(text: str, place: str, reason: Reason) -> tuple[str, int]:
     if host and not _HOST.fullmatch(host):
         raise _bad(reason, text, "the host is neither a name nor an address")
     return host or "127.0.0.1", int(port)
+
+
+def _scheme(text: str, scheme: str) -> tuple[Speech, bool]:
+    known = _SCHEMES.get(scheme)
+    if known is None:
+        raise _bad(Reason.INPUT_TARGET, text, f"{scheme}:// is not spoken to apps; {', '.join(_SCHEMES)} are")
+    return known
 
 
 def _bad(reason: Reason, value: str, detail: str) -> InvalidInput:

@@ -7,64 +7,43 @@ whether its time is up and whether its peer is still trusted.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from time import monotonic
+from functools import partial
+from time import monotonic, time
 
 from handfast.errors import Failure, HandfastError, Reason, Unreachable
-from handfast.guard.connection import Connection
+from handfast.guard.connection import Connection, Listener
 from handfast.guard.events import EventLog, told
-from handfast.guard.places import Target, join_address
-from handfast.pki.verification import VerifiedPeer, still_trusted
-from handfast.policy import Policy, admits
-from handfast.tls.server import ServerContext
+from handfast.guard.metrics import Metrics
+from handfast.guard.places import Place, join_address
+from handfast.guard.routes import Snapshot
 
 TICK = 0.5  # seconds; a trust that ended is acted on within two of them
 FLUSH = 0.05  # seconds that an event may wait for its line in the log
 BACKLOG = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How long and how much, in seconds and bytes."""
-
-    handshake: float = 10  # from the first byte of the connection to the end of the handshake
-    head: float = 10  # from the first byte of a request to the end of its head
-    idle: float = 75  # between requests, or without a byte either way
-    connect: float = 5  # to the app
-    response: float = 60  # from the request to the head of its response
-    drain: float = 30  # for open requests, once the guard is told to stop
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """All that decides: the TLS generation (credential, bundle, revocations) and the policy."""
-
-    context: ServerContext
-    policy: Policy
-
-    def objection(self, peer: VerifiedPeer, now: datetime) -> Failure | None:
-        """Why a connected peer may not stay; None if it may."""
-        failure = still_trusted(peer, self.context.terms, now)
-        if failure is not None:
-            return failure
-        return None if admits(self.policy, peer) else Failure(Reason.ENDED_POLICY)
-
-
 @dataclass(slots=True)
 class Guard:
-    """A running guard. `refresh` is asked each tick for a new snapshot; None keeps the one in force."""
+    """A running guard. `refresh` is asked each tick for a new snapshot; None keeps the one in force.
+
+    `drain`: seconds that open requests have, once the guard is told to stop.
+    """
 
     snapshot: Snapshot
-    target: Target
     log: EventLog
-    limits: Limits = field(default_factory=Limits)
+    drain: float = 30.0
     refresh: Callable[[datetime], Snapshot | None] | None = None
+    metrics: Metrics = field(default_factory=Metrics)
     connections: set[Connection] = field(default_factory=set)
     draining: bool = False
+    drain_until: float = 0.0  # on the clock of `monotonic`
+    loaded: float = field(default_factory=time)  # when the snapshot in force came, seconds since 1970
     _servers: list[asyncio.Server] = field(default_factory=list)
     _ticker: asyncio.TimerHandle | None = None
     _flusher: asyncio.TimerHandle | None = None
@@ -75,30 +54,34 @@ class Guard:
         """The instant by which chains are judged."""
         return datetime.now(UTC)
 
-    async def listen(self, plug: socket.socket) -> str:
+    async def listen(self, plug: socket.socket, listener: Listener) -> str:
         """Begin to serve on a socket that `bind` gave; return the address. Raises Unreachable (GUARD_LISTEN)."""
         loop = asyncio.get_running_loop()
-        host, port = plug.getsockname()[:2]
+        name = plug.getsockname()
+        address = join_address(*name[:2]) if isinstance(name, tuple) else f"unix:{name}"
+        make: Callable[[], Connection] = partial(Connection, self, listener)
         try:
-            server = await loop.create_server(lambda: Connection(self), sock=plug, backlog=BACKLOG)
+            if plug.family == socket.AF_UNIX:
+                server = await loop.create_unix_server(make, sock=plug, backlog=BACKLOG)
+            else:
+                server = await loop.create_server(make, sock=plug, backlog=BACKLOG)
         except OSError as error:
-            raise _cannot_listen(host, port, error) from None
+            raise _cannot_listen(address, error) from None
         self._servers.append(server)
         if self._ticker is None:
             self._ticker = loop.call_later(TICK, self._tick)
             self._flusher = loop.call_later(FLUSH, self._flush)
-        return join_address(host, port)
+        return address
 
     async def stop(self) -> None:
         """Take no more connections, let open requests finish within the drain limit, then end the rest."""
         self.draining = True
         for server in self._servers:
             server.close()
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self.limits.drain
+        self.drain_until = monotonic() + self.drain
         for connection in list(self.connections):
             connection.drain()
-        while self.connections and loop.time() < deadline:
+        while self.connections and monotonic() < self.drain_until:
             await asyncio.sleep(0.05)
         for connection in list(self.connections):
             connection.abort()
@@ -110,10 +93,14 @@ class Guard:
 
     def swap(self, snapshot: Snapshot) -> None:
         """Put a new snapshot in force, at once and whole; connections that it does not allow end."""
-        self.snapshot = snapshot
+        self.snapshot, self.loaded = snapshot, time()
         now = self.now
         for connection in list(self.connections):
             connection.recheck(now)
+
+    def refresh_now(self) -> None:
+        """Ask for a new snapshot without waiting for the next tick."""
+        self._refresh()
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()
@@ -135,17 +122,20 @@ class Guard:
             if snapshot is not None:
                 self.swap(snapshot)
                 self.log.emit("reload", self.now, {"outcome": "taken"})
+                self.metrics.reload("taken", "")
             self._reload_failure = ""
         except HandfastError as error:  # what is in force stays, whole; said once per cause
             if self._reload_failure != str(error):
                 self._reload_failure = str(error)
                 kept = {"outcome": "kept", "reason": error.reason.code, "detail": str(error)}
                 self.log.emit("reload", self.now, kept)
+                self.metrics.reload("kept", error.reason.code)
         except Exception as bug:  # ours; time and trust must go on being looked at
             if self._reload_failure != repr(bug):
                 self._reload_failure = repr(bug)
                 failure = Failure(Reason.BUG, {"detail": repr(bug)[:200]})
                 self.log.emit("reload", self.now, {"outcome": "kept"} | told(failure))
+                self.metrics.reload("kept", failure.reason.code)
 
 
 def raise_descriptor_limit() -> None:
@@ -159,13 +149,18 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Take an address for a guard to listen on; who connects waits for it. Raises Unreachable (GUARD_LISTEN)."""
+def bind(place: Place) -> socket.socket:
+    """Take a place for a guard to listen on; who connects waits for it. Raises Unreachable (GUARD_LISTEN).
+
+    A UNIX socket is made with mode 0600; one that is there already and that nobody listens on is replaced.
+    """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        if place.path:
+            return _bind_unix(place.path)
+        family, kind, protocol, _, address = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)[0]
         plug = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
-        raise _cannot_listen(host, port, error) from None
+        raise _cannot_listen(str(place), error) from None
     try:
         if os.name == "posix":
             plug.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -174,14 +169,39 @@ def bind(host: str, port: int) -> socket.socket:
         plug.listen(BACKLOG)  # at once: two that are bound with SO_REUSEADDR would not mind each other until then
     except OSError as error:
         plug.close()
-        raise _cannot_listen(host, port, error) from None
+        raise _cannot_listen(str(place), error) from None
     return plug
 
 
-def _cannot_listen(host: str, port: int, error: OSError | UnicodeError) -> Unreachable:
+def _bind_unix(path: str) -> socket.socket:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+        other.settimeout(1)
+        try:
+            other.connect(path)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except ConnectionRefusedError:  # left behind by a process that is gone
+            os.unlink(path)
+        else:
+            raise OSError(errno.EADDRINUSE, "")
+    plug = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        plug.setblocking(False)
+        plug.bind(path)
+        plug.listen(BACKLOG)
+    except OSError:
+        plug.close()
+        raise
+    finally:
+        os.umask(before)
+    return plug
+
+
+def _cannot_listen(address: str, error: OSError | UnicodeError) -> Unreachable:
     detail = "it is not an address of this machine"
     if isinstance(error, socket.gaierror):
         detail = "the host is not known here"
     elif isinstance(error, OSError) and error.errno:
         detail = os.strerror(error.errno).lower()
-    return Unreachable(Reason.GUARD_LISTEN, address=join_address(host, port), detail=detail)
+    return Unreachable(Reason.GUARD_LISTEN, address=address, detail=detail)

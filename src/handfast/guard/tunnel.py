@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from time import monotonic
 from typing import TYPE_CHECKING
 
-from handfast.errors import Failure
+from handfast.errors import Failure, Reason
 from handfast.guard.events import told
-from handfast.guard.upstream import Upstream, dial
-from handfast.pki.verification import VerifiedPeer
-from handfast.policy import Policy, decide
+from handfast.guard.upstream import SecureUpstream, Upstream
+from handfast.policy import Decision, Effect, decide
 from handfast.tls.server import Channel
 
 if TYPE_CHECKING:
@@ -29,29 +29,40 @@ class Tunnel:
             "_dialling",
             "_full",
             "_in",
+            "_moved",
             "_out",
             "_upstream",
         ),
-        "peer",
     )
 
-    def __init__(self, connection: Connection, peer: VerifiedPeer, channel: Channel) -> None:
-        self.peer = peer
+    def __init__(self, connection: Connection, channel: Channel) -> None:
         self._connection = connection
         self._channel = channel
-        self._upstream: Upstream | None = None
+        self._upstream: Upstream | SecureUpstream | None = None
         self._dialling: asyncio.Task[None] | None = None
         self._full = True  # nothing is read from the client until there is somewhere to put it
         self._blocked = False  # the way to the client is full
         self._asked = self._answered = False  # whether the client, and the app, said that they send no more
         self._in = self._out = 0  # bytes, as the app reads and writes them
+        self._moved = 0  # of both, when the deadline was last looked at
+
+    def decide(self) -> Decision:
+        """Whether the peer may have the connection, by the site now in force."""
+        connection = self._connection
+        route = connection.site.routes[0]
+        if route.anonymous:
+            return Decision(Effect.ALLOW, None, Reason.POLICY_OPEN_ROUTE)
+        if connection.peer is None:
+            return Decision(Effect.DENY, None, Reason.VERIFY_NO_CERTIFICATE)
+        return decide(route.policy, connection.peer, None)
 
     def start(self) -> None:
         """Dial the app: the decision is made."""
         connection = self._connection
         connection.transport.pause_reading()
-        connection.deadline = float("inf")
-        self._dialling = dial(connection.guard.target, self, connection.guard.limits.connect)
+        self._wait()
+        upstreams = connection.site.routes[0].upstreams
+        self._dialling = upstreams.dial(self, connection.preface(upstreams))
 
     # The client's side.
 
@@ -69,7 +80,7 @@ class Tunnel:
         """The way to the client is full, or free again."""
         self._blocked = not yes
         if self._upstream is not None and self._upstream.usable:
-            _flow(self._upstream.transport, yes)
+            (self._upstream.resume if yes else self._upstream.pause)()
 
     def lost(self) -> None:
         """The client is gone."""
@@ -80,23 +91,31 @@ class Tunnel:
         self._log_end()
 
     def expired(self) -> None:
-        """A tunnel has no deadline of its own."""
+        """Nothing moved for a while, if there is a limit to that."""
+        moved = self._in + self._out
+        if moved != self._moved:
+            self._moved = moved
+            self._wait()
+            return
+        limit = self._connection.limits.tunnel_idle
+        self._connection.event("ended", told(Failure(Reason.ENDED_IDLE, {"limit": f"{limit:g}"})))
+        self._connection.abort()
 
     def finish(self) -> None:
         """A tunnel goes on until the drain limit."""
 
-    def allowed_by(self, policy: Policy) -> bool:
-        """Whether a new policy allows what is under way."""
-        return decide(policy, self.peer, None).allowed
+    def still_allowed(self) -> bool:
+        """Whether the site now in force allows it."""
+        return self.decide().allowed
 
     # The app's side.
 
-    def upstream_open(self, upstream: Upstream) -> None:
+    def upstream_open(self, upstream: Upstream | SecureUpstream) -> None:
         """See Owner."""
         self._upstream = upstream
         self._full = False
         if self._blocked:
-            upstream.transport.pause_reading()
+            upstream.pause()
         self._connection.transport.resume_reading()
         self._pump()
 
@@ -147,18 +166,25 @@ class Tunnel:
             if not plain:
                 break
             self._in += len(plain)
-            upstream.transport.write(plain)
+            upstream.write(plain)
         if self._channel.at_eof and not self._asked and upstream is not None and upstream.usable:
             self._asked = True
-            upstream.transport.write_eof()
+            upstream.write_eof()
             if self._answered:
                 self._close()
                 return
         if records := self._channel.take():  # answers of TLS itself, as to a KeyUpdate
             self._connection.send(records)
 
+    def _wait(self) -> None:
+        limit = self._connection.limits.tunnel_idle
+        if limit is None:
+            self._connection.deadline = float("inf")
+        else:
+            self._connection.set_deadline(limit)
+
     def _log_end(self) -> None:
-        took = round((self._connection.moment() - self._connection.opened) * 1000, 1)
+        took = round((monotonic() - self._connection.opened) * 1000, 1)
         self._connection.event("closed", {"bytes_in": self._in, "bytes_out": self._out, "ms": took})
 
     def _close(self) -> None:

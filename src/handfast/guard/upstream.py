@@ -1,6 +1,8 @@
-"""The way to the app: one connection of its own for each client connection that needs it.
+"""The way to the app: groups of backends, and the connections to them.
 
-Never shared between clients, so no answer can reach the wrong one, and no identity another's request.
+A connection to a backend belongs to one client connection and is never shared, so no answer can reach the wrong
+client, and no identity another's request. `Upstreams` chooses the backend; `Upstream` and `SecureUpstream` are
+one connection, in the clear and over TLS of our own, and look the same to their owner.
 """
 
 from __future__ import annotations
@@ -9,19 +11,25 @@ import asyncio
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
 from typing import Protocol, cast
 
-from handfast.errors import Failure, Reason
+from handfast.errors import Failure, Reason, VerificationFailed
 from handfast.guard.places import Target
+from handfast.guard.schema import HealthConfig
+from handfast.tls.server import Channel, TlsBroken
+from handfast.wire.proxy import proxy_v2
 
 _RESET = struct.pack("ii", 1, 0)  # socket(7): with a linger time of zero, close sends RST
+_REST = (0.2, 30.0)  # seconds, shortest and longest, that a backend which took no connection is left alone
 
 
 class Owner(Protocol):
     """Who an upstream connection belongs to."""
 
-    def upstream_open(self, upstream: Upstream) -> None:
+    def upstream_open(self, upstream: Upstream | SecureUpstream) -> None:
         """It can be written to."""
 
     def upstream_failed(self, failure: Failure) -> None:
@@ -43,24 +51,141 @@ class Owner(Protocol):
         """One of the others raised what it should not: fail closed."""
 
 
+class Handshake(Protocol):
+    """Our side of a TLS handshake with a backend; it has verified the server when it gives a channel."""
+
+    def feed(self, records: bytes) -> Channel | None:
+        """Go on with what the network brought (b'' to begin). Raises TlsBroken or VerificationFailed."""
+
+    def take(self) -> bytes:
+        """Return the records that wait to be sent."""
+
+
+@dataclass(slots=True)
+class Backend:
+    """One place where the app runs, and how it fares."""
+
+    target: Target
+    connections: int = 0
+    healthy: bool = True  # by the health checks; without any it stays so
+    refusals: int = 0  # connections in a row that it did not take
+    rest_until: float = 0.0  # on the clock of `monotonic`
+
+    def usable(self, moment: float) -> bool:
+        """Whether it may be chosen before others."""
+        return self.healthy and moment >= self.rest_until
+
+    def took(self) -> None:
+        """It took a connection."""
+        self.refusals, self.rest_until = 0, 0.0
+
+    def refused(self, moment: float) -> None:
+        """It took none: leave it alone for a while, twice as long each time."""
+        shortest, longest = _REST
+        self.rest_until = moment + min(longest, shortest * 2 ** min(self.refusals, 10))
+        self.refusals += 1
+
+
+@dataclass(slots=True)
+class Upstreams:
+    """Backends that serve alike. They outlive snapshots, so that counts and health do.
+
+    `handshake` begins TLS towards a backend, where its target asks for it. `retries`: how many other backends are
+    tried when one takes no connection. `proxy`: whether each connection begins with a PROXY header.
+    """
+
+    name: str
+    backends: tuple[Backend, ...]
+    handshake: Callable[[Target], Handshake] | None = None
+    round_robin: bool = False
+    retries: int = 2
+    connect: float = 5.0  # seconds
+    response: float | None = None  # seconds; None: the listener's
+    proxy: bool = False
+    health: HealthConfig | None = None
+    _turn: int = field(default=0, repr=False)
+
+    @property
+    def target(self) -> Target:
+        """The first backend's; all of a group speak alike."""
+        return self.backends[0].target
+
+    def __str__(self) -> str:
+        return self.name
+
+    def choose(self, moment: float, tried: Sequence[Backend] = ()) -> Backend | None:
+        """Return the backend for the next connection, the usable first; None when all were tried."""
+        left = [backend for backend in self.backends if backend not in tried]
+        usable = [backend for backend in left if backend.usable(moment)] or left
+        if not usable:
+            return None
+        self._turn += 1
+        start = self._turn % len(usable)
+        turned = usable[start:] + usable[:start]
+        return turned[0] if self.round_robin else min(turned, key=lambda backend: backend.connections)
+
+    def dial(self, owner: Owner, preface: bytes = b"") -> asyncio.Task[None]:
+        """Open a connection for `owner`, which hears how it went. Cancel the task to give up.
+
+        `preface` is sent before anything else, in the clear.
+        """
+        return asyncio.get_running_loop().create_task(self._dial(owner, preface))
+
+    def dial_one(self, backend: Backend, owner: Owner) -> asyncio.Task[None]:
+        """Open a connection to this backend alone, whatever is thought of it."""
+        return asyncio.get_running_loop().create_task(self._dial_one(backend, owner))
+
+    async def _dial_one(self, backend: Backend, owner: Owner) -> None:
+        opened = await _open(backend, owner, self, proxy_v2(None) if self.proxy else b"")
+        if isinstance(opened, Failure):
+            _tell(owner, owner.upstream_failed, opened)
+            return
+        _tell(owner, owner.upstream_open, opened)
+        if isinstance(opened, SecureUpstream):
+            opened.start()
+
+    async def _dial(self, owner: Owner, preface: bytes) -> None:
+        tried: list[Backend] = []
+        failure = Failure(Reason.UPSTREAM_DOWN, {"target": self.name, "detail": "it has no backend"})
+        while len(tried) <= self.retries and (backend := self.choose(monotonic(), tried)) is not None:
+            tried.append(backend)
+            opened = await _open(backend, owner, self, preface)
+            if not isinstance(opened, Failure):
+                backend.took()
+                _tell(owner, owner.upstream_open, opened)
+                if isinstance(opened, SecureUpstream):
+                    opened.start()
+                return
+            failure = opened
+            backend.refused(monotonic())
+        _tell(owner, owner.upstream_failed, failure)
+
+
 class Upstream(asyncio.Protocol):
-    """One connection to the app."""
+    """One connection to a backend, in the clear."""
 
-    __slots__ = ("_owner", "transport")
+    __slots__ = ("_backend", "_owner", "_transport", "pause", "resume", "write", "write_eof")
 
-    transport: asyncio.Transport
-
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: Owner, backend: Backend) -> None:
         self._owner: Owner | None = owner
+        self._backend = backend
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's are no subclasses of it
+        made = cast(asyncio.Transport, transport)  # uvloop's are no subclasses of it
+        self._transport = made
+        self._backend.connections += 1
+        # One call less for each piece of data: these are the transport's own.
+        self.write, self.write_eof = made.write, made.write_eof
+        self.pause, self.resume = made.pause_reading, made.resume_reading
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
         if (owner := self._owner) is not None:
-            _tell(owner, owner.upstream_data, data)
+            try:
+                owner.upstream_data(data)
+            except Exception as bug:
+                owner.upstream_bug(bug)
 
     def eof_received(self) -> bool:
         """See asyncio.Protocol."""
@@ -70,6 +195,7 @@ class Upstream(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
+        self._backend.connections -= 1
         owner, self._owner = self._owner, None
         if owner is not None:
             _tell(owner, owner.upstream_lost, exc is not None)
@@ -87,12 +213,12 @@ class Upstream(asyncio.Protocol):
     @property
     def usable(self) -> bool:
         """Whether it is still open, as far as we know."""
-        return self._owner is not None and not self.transport.is_closing()
+        return self._owner is not None and not self._transport.is_closing()
 
     def close(self) -> None:
         """Close it when what was written is sent; the owner hears no more of it."""
         self._owner = None
-        self.transport.close()
+        self._transport.close()
 
     def drop(self, *, cut: bool = False) -> None:
         """Close it at once; the owner hears no more of it.
@@ -100,47 +226,222 @@ class Upstream(asyncio.Protocol):
         `cut`: what was sent is not whole, and the app must not take a quiet end for its end: reset it.
         """
         self._owner = None
-        plug = self.transport.get_extra_info("socket")
-        if cut and plug is not None:
-            plug.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        self.transport.abort()
+        _abort(self._transport, cut)
 
 
-def _tell(owner: Owner, what: Callable[..., None], *news: bytes | bool | Failure | Upstream) -> None:
+class SecureUpstream(asyncio.Protocol):
+    """One connection to a backend, over TLS. `opened` is done once the server is verified, or failed."""
+
+    __slots__ = ("_backend", "_channel", "_handshake", "_held", "_owner", "_transport", "opened")
+
+    _transport: asyncio.Transport
+
+    def __init__(self, owner: Owner, backend: Backend, handshake: Handshake, opened: asyncio.Future[None]) -> None:
+        self._owner: Owner | None = owner
+        self._backend = backend
+        self._handshake = handshake
+        self._channel: Channel | None = None
+        self._held = False  # by the owner, who reads no more for now
+        self.opened = opened
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio.Protocol."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._backend.connections += 1
+
+    def begin(self, preface: bytes) -> None:
+        """Say the first words."""
+        self._transport.write(preface)
+        self._greet(b"")
+
+    def start(self) -> None:
+        """Read on: the owner knows that it is open."""
+        if not self._held and self._owner is not None:
+            self._transport.resume_reading()
+            self.data_received(b"")
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        if (owner := self._owner) is None:
+            return
+        try:
+            if self._channel is None:
+                self._greet(data)
+            else:
+                if data:
+                    self._channel.feed(data)
+                self._read(owner, self._channel)
+        except TlsBroken:
+            self.drop()
+            owner.upstream_lost(True)
+        except Exception as bug:
+            owner.upstream_bug(bug)
+
+    def eof_received(self) -> bool:
+        """See asyncio.Protocol. An end without close_notify may be a cut (RFC 8446 6.1)."""
+        if self._channel is not None and self._channel.at_eof:
+            return self._owner is not None
+        self.connection_lost_early()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        self._backend.connections -= 1
+        if exc is None and self._channel is not None and self._channel.at_eof:
+            owner, self._owner = self._owner, None
+            if owner is not None:
+                _tell(owner, owner.upstream_lost, False)
+        else:
+            self.connection_lost_early()
+
+    def connection_lost_early(self) -> None:
+        """It ended before it said that it would."""
+        if not self.opened.done():
+            self.opened.set_exception(ConnectionError("it closed in the midst of the TLS handshake"))
+        owner, self._owner = self._owner, None
+        if owner is not None and self._channel is not None:
+            _tell(owner, owner.upstream_lost, True)
+
+    def pause_writing(self) -> None:
+        """See asyncio.Protocol."""
+        if (owner := self._owner) is not None and self._channel is not None:
+            _tell(owner, owner.upstream_writable, False)
+
+    def resume_writing(self) -> None:
+        """See asyncio.Protocol."""
+        if (owner := self._owner) is not None and self._channel is not None:
+            _tell(owner, owner.upstream_writable, True)
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is still open, as far as we know."""
+        return self._owner is not None and self._channel is not None and not self._transport.is_closing()
+
+    def write(self, data: bytes) -> None:
+        """Send bytes to the app."""
+        assert self._channel is not None
+        self._channel.write(data)
+        self._transport.write(self._channel.take())
+
+    def write_eof(self) -> None:
+        """Say that no more is sent."""
+        assert self._channel is not None
+        self._channel.close()
+        self._transport.write(self._channel.take())
+
+    def pause(self) -> None:
+        """Read no more for now."""
+        self._held = True
+        self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read on."""
+        self._held = False
+        self._transport.resume_reading()
+
+    def close(self) -> None:
+        """Close it when what was written is sent; the owner hears no more of it."""
+        self._owner = None
+        if self._channel is not None and not self._transport.is_closing():
+            self.write_eof()
+        self._transport.close()
+
+    def drop(self, *, cut: bool = False) -> None:
+        """As Upstream.drop."""
+        self._owner = None
+        _abort(self._transport, cut)
+
+    def _greet(self, records: bytes) -> None:
+        try:
+            channel = self._handshake.feed(records)
+        except (TlsBroken, VerificationFailed) as refused:
+            self._transport.write(self._handshake.take())
+            if not self.opened.done():
+                self.opened.set_exception(refused)
+            return
+        self._transport.write(self._handshake.take())
+        if channel is not None and not self.opened.done():
+            self._channel = channel
+            self._transport.pause_reading()  # until `start`: the owner hears that it is open before anything else
+            self.opened.set_result(None)
+
+    def _read(self, owner: Owner, channel: Channel) -> None:
+        while plain := channel.read():
+            owner.upstream_data(plain)
+            if self._owner is None:
+                return
+        if records := channel.take():
+            self._transport.write(records)
+        if channel.at_eof:
+            owner.upstream_ended()
+
+
+def _abort(transport: asyncio.Transport, cut: bool) -> None:
+    plug = transport.get_extra_info("socket")
+    if cut and plug is not None:
+        plug.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    transport.abort()
+
+
+def _tell(owner: Owner, what: Callable[..., None], *news: bytes | bool | Failure | Upstream | SecureUpstream) -> None:
     try:
         what(*news)
     except Exception as bug:
         owner.upstream_bug(bug)
 
 
-def dial(target: Target, owner: Owner, limit: float) -> asyncio.Task[None]:
-    """Open a connection to the app for `owner`, which hears how it went. Cancel the task to give up."""
-    return asyncio.get_running_loop().create_task(_dial(target, owner, limit))
+async def _open(
+    backend: Backend, owner: Owner, group: Upstreams, preface: bytes
+) -> Upstream | SecureUpstream | Failure:
+    target, loop = backend.target, asyncio.get_running_loop()
+    made: list[Upstream | SecureUpstream] = []
+    opened: asyncio.Future[None] = loop.create_future()
 
-
-async def _dial(target: Target, owner: Owner, limit: float) -> None:
-    loop = asyncio.get_running_loop()
-    made: list[Upstream] = []
-
-    def protocol() -> Upstream:
-        made.append(Upstream(owner))
+    def protocol() -> Upstream | SecureUpstream:
+        if target.tls:
+            assert group.handshake is not None
+            made.append(SecureUpstream(owner, backend, group.handshake(target), opened))
+        else:
+            made.append(Upstream(owner, backend))
         return made[-1]
 
     try:
-        async with asyncio.timeout(limit):
+        async with asyncio.timeout(group.connect):
             if target.path:
                 await loop.create_unix_connection(protocol, target.path)
             else:
                 await loop.create_connection(protocol, target.host, target.port)
+            upstream = made[-1]
+            if isinstance(upstream, SecureUpstream):
+                upstream.begin(preface)
+                await opened
+            elif preface:
+                upstream.write(preface)
+            return upstream
     except TimeoutError:
-        _tell(owner, owner.upstream_failed, _down(target, f"no answer in {limit:g} s"))
+        failure = _down(target, f"no answer in {group.connect:g} s")
     except (socket.gaierror, UnicodeError):
-        _tell(owner, owner.upstream_failed, _down(target, "its name is not known"))
+        failure = _down(target, "its name is not known")
+    except TlsBroken as refused:
+        failure = Failure(Reason.UPSTREAM_TLS, {"target": str(target), "detail": refused.failure.message})
+    except VerificationFailed as refused:
+        failure = Failure(Reason.UPSTREAM_TLS, {"target": str(target), "detail": refused.failure.message})
     except OSError as error:
         detail = os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error)
-        _tell(owner, owner.upstream_failed, _down(target, detail))
-    else:
-        _tell(owner, owner.upstream_open, made[-1])
+        failure = _down(target, detail)
+    except asyncio.CancelledError:
+        _discard(made)
+        raise
+    _discard(made)
+    if opened.done() and not opened.cancelled():
+        opened.exception()  # looked at, so that the loop does not complain of it
+    return failure
+
+
+def _discard(made: list[Upstream | SecureUpstream]) -> None:
+    for upstream in made:
+        if hasattr(upstream, "_transport"):  # else it never came to a connection
+            upstream.drop()
 
 
 def _down(target: Target, detail: str) -> Failure:

@@ -77,7 +77,8 @@ class Terms:
     """What is asked of a chain.
 
     `name`: whom it must be for, or None. `legacy` admits certificates without extended key usage or without
-    a subject alternative name; they are then named by their common name.
+    a subject alternative name; they are then named by their common name. `depth`: how many authorities may stand
+    between the leaf and its anchor, as OpenSSL counts them; None leaves it to MAX_CHAIN.
     """
 
     bundle: TrustBundle
@@ -86,6 +87,7 @@ class Terms:
     revocations: Revocations = NO_REVOCATIONS
     crls: CrlSet | None = None
     legacy: bool = False
+    depth: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +225,9 @@ def _rules(path: Sequence[x509.Certificate], terms: Terms, now: datetime) -> lis
     if not path:
         return []
     failures = _revoked(path, terms, now)
+    if terms.depth is not None and len(path) - 2 > terms.depth:
+        facts = {"subject": label(path[0]), "count": len(path) - 2, "limit": terms.depth}
+        failures.append(Failure(Reason.VERIFY_DEPTH, facts))
     for at, certificate in enumerate(path):
         is_anchor = at == len(path) - 1 and at > 0
         failures += _floor(certificate, signed=not is_anchor)

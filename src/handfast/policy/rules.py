@@ -146,7 +146,7 @@ def parse_rule(text: str, trust_domain: str | None = None) -> Rule:
         if not _METHODS.fullmatch(words[0]):
             raise _bad_rule(text, "methods are upper-case words with commas between")
         methods = frozenset(words.pop(0).encode().split(b","))
-    path = _parse_path(text, words.pop(0)) if words else None
+    path = parse_path(words.pop(0), text) if words else None
     if words:
         raise _bad_rule(text, "nothing may stand behind the path")
     shown = " ".join([effect, str(who), *text.split()[1 + (text.split()[0] in (Effect.ALLOW, Effect.DENY)) :]])
@@ -158,7 +158,12 @@ def parse_policy(lines: Iterable[str], trust_domain: str | None = None) -> Polic
     return Policy(tuple(parse_rule(line, trust_domain) for line in lines))
 
 
-def _parse_path(text: str, path: str) -> re.Pattern[bytes]:
+def parse_path(path: str, text: str = "") -> re.Pattern[bytes]:
+    """Return what a rule's PATH matches: whole paths, in bytes. `text` is the rule, for messages.
+
+    Raises InvalidInput (INPUT_RULE).
+    """
+    text = text or path
     if not _PATH.fullmatch(path) or any(mark in path for mark in "?#%;\\"):
         raise _bad_rule(text, "a path begins with / and holds no ? # % ; or backslash")
     if "**" in path.removesuffix("/**") or "//" in path:

@@ -68,6 +68,26 @@ def handshake_failure(error: SSL.Error) -> Failure:
     return Failure(Reason.TLS_HANDSHAKE, {"detail": text or "no reason given"})
 
 
+# The error of OpenSSL's that makes it send the alert that fits (ssl_x509err2alert); any other refusal of ours is
+# 47, which becomes certificate_unknown.
+_ALERT_ERRORS = {
+    Reason.VERIFY_EXPIRED: 10,
+    Reason.VERIFY_NOT_YET_VALID: 9,
+    Reason.VERIFY_REVOKED: 23,
+    Reason.VERIFY_UNKNOWN_ISSUER: 20,
+    Reason.VERIFY_PURPOSE: 26,
+    Reason.VERIFY_NO_EKU: 26,
+    Reason.VERIFY_CA_AS_LEAF: 26,
+    Reason.VERIFY_KEY_USAGE: 26,
+    Reason.VERIFY_BAD_SIGNATURE: 7,
+}
+
+
+def alert_error(reason: Reason) -> int:
+    """Return the X509_V_ERR_* with which a handshake that we refuse for `reason` gives the right alert."""
+    return _ALERT_ERRORS.get(reason, 47)
+
+
 def path_detail(error: int, depth: int) -> str:
     """Say what OpenSSL found wrong with a path, at the certificate `depth` steps from the leaf."""
     return f"{_PATH_ERRORS.get(error, f'X509_V_ERR {error}')} (certificate {depth} of the chain)"

@@ -6,21 +6,25 @@ that changes. It is proved with a handshake in memory when it is made, and never
     bytes -> ServerHandshake.feed() -> Accepted(VerifiedPeer, Channel)
                                     -> Refused(failures, Channel | None)
 
-OpenSSL judges the path while the handshake runs. Where a refusal can be answered in words (HTTP), the
-handshake is finished all the same and the refusal comes out with a channel to say it on; where it cannot
-(TCP), the handshake itself fails, with OpenSSL's alert. Either way `pki.verify` alone makes the peer.
+OpenSSL judges the path, and `pki.verify` alone makes the peer. Where a refusal can be answered in words (HTTP),
+the handshake is finished first, which proves that the client holds the key; then the chain is judged, and the
+refusal comes out with a channel to say it on. A chain that this generation has accepted before, byte for byte, is
+not judged again but for what time changes. Where a refusal cannot be answered (TCP), the chain is judged within
+the handshake, which fails with the alert that fits.
 
 TLS 1.3 only unless told otherwise; no resumption, no early data: a resumed session would skip revocation,
-expiry and policy (CVE-2025-23419 and its kin). OpenSSL still sends two tickets after a TLS 1.3 handshake, for
-pyOpenSSL has no way to ask for none; with OP_NO_TICKET and no session cache they stand for nothing.
+expiry and policy (CVE-2025-23419 and its kin). OpenSSL sends two tickets after a TLS 1.3 handshake unless its
+configuration says otherwise (`tls.configuration`); with OP_NO_TICKET and no session cache they stand for nothing.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import StrEnum
 from typing import Any
 
 from cryptography import x509
@@ -28,9 +32,22 @@ from OpenSSL import SSL
 from OpenSSL.crypto import X509, X509StoreFlags
 
 from handfast.errors import Failure, InvalidInput, Reason, VerificationFailed
-from handfast.pki.verification import MAX_CHAIN, Judgement, Terms, VerifiedPeer, verify
+from handfast.pki.verification import MAX_CHAIN, Judgement, Terms, VerifiedPeer, still_trusted, verify
 from handfast.tls.credential import Credential
-from handfast.tls.reasons import handshake_failure, path_detail
+from handfast.tls.judge import Judge
+from handfast.tls.reasons import alert_error, handshake_failure, path_detail
+
+MAX_KNOWN = 4096  # chains that a generation remembers to have accepted
+# What a TLS 1.3 handshake may use. AES-128 first: its key schedule hashes with SHA-256, which processors do fast.
+_SUITES = b"TLS_AES_128_GCM_SHA256:TLS_CHACHA20_POLY1305_SHA256:TLS_AES_256_GCM_SHA384"
+
+
+class ClientAuth(StrEnum):
+    """Whether a client must show a certificate."""
+
+    REQUIRED = "required"
+    OPTIONAL = "optional"  # asked for; without one the client is nobody, with a bad one it is refused
+    OFF = "off"  # not asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +56,15 @@ class ServerSettings:
 
     `answer_refusals`: finish the handshake of a client that is refused, so that it can be told in HTTP.
     `offer_authorities`: name the accepted authorities in CertificateRequest; browsers choose by them.
+    `alpn`: the application protocols that are spoken, best first. A client that names protocols, and none of
+    these, is refused (RFC 7301 3.2): it would take what we say for another language.
     """
 
     answer_refusals: bool = True
     offer_authorities: bool = True
     allow_tls12: bool = False
+    client_auth: ClientAuth = ClientAuth.REQUIRED
+    alpn: tuple[bytes, ...] = ()
 
 
 def engine_version() -> str:
@@ -157,13 +178,14 @@ class Facts:
     version: str
     cipher: str
     group: str
+    alpn: bytes = b""  # the protocol that was agreed on; b'' without
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The client proved who it is."""
+    """The client proved who it is, or need not: `peer` is None only where no certificate is required."""
 
-    peer: VerifiedPeer
+    peer: VerifiedPeer | None
     channel: Channel
     facts: Facts
 
@@ -185,10 +207,13 @@ class ServerContext:
     """One generation of a listener's TLS. Making one proves it; InvalidInput if it cannot serve."""
 
     def __init__(self, credential: Credential, terms: Terms, settings: ServerSettings) -> None:
-        if not terms.bundle.anchors:
+        if not terms.bundle.anchors and settings.client_auth is not ClientAuth.OFF:
             raise InvalidInput(Reason.GUARD_NO_BUNDLE)
         self.terms = terms
         self.settings = settings
+        self.credential = credential
+        self._judge = Judge(terms.bundle)
+        self._known: OrderedDict[tuple[bytes, ...], VerifiedPeer] = OrderedDict()
         self._context = _context(credential, terms, settings)
         _prove(self)
 
@@ -196,80 +221,100 @@ class ServerContext:
         """Begin one handshake. `clock` gives the instant at which the chain is judged."""
         return ServerHandshake(SSL.Connection(self._context, None), self, clock)
 
+    def admit(self, ders: tuple[bytes, ...], now: datetime) -> VerifiedPeer:
+        """Return who the chain, as presented in DER, leaf first, proves its holder to be.
+
+        Raises VerificationFailed. A chain accepted before under these terms would be accepted again, but for the
+        time and for revocation, which are looked at each time.
+        """
+        known = self._known.get(ders)
+        if known is not None:
+            if still_trusted(known, self.terms, now) is None:
+                return known
+            del self._known[ders]
+        chain = _parse(ders)
+        judgement = self._judge(chain) if 0 < len(chain) <= MAX_CHAIN else None
+        peer = verify(chain, self.terms, now, judgement)
+        self._known[ders] = peer
+        if len(self._known) > MAX_KNOWN:
+            self._known.popitem(last=False)
+        return peer
+
 
 class ServerHandshake:
     """A handshake under way: feed it records, send what `take` returns, until `feed` returns an outcome."""
 
-    __slots__ = ("_clock", "_connection", "_context", "_refusal", "_seen")
+    __slots__ = ("_clock", "_connection", "_context", "_failures", "_path", "_peer", "bug")
 
     def __init__(self, connection: SSL.Connection, context: ServerContext, clock: Callable[[], datetime]) -> None:
         self._connection = connection
         self._context = context
         self._clock = clock
-        self._refusal: tuple[int, int] | None = None  # (OpenSSL's error, depth) of the path's first fault
-        self._seen: dict[int, X509] = {}  # by depth, as OpenSSL walked the path; it forgets them when it refuses
+        # What was judged within the handshake, where it is judged there.
+        self._path: tuple[x509.Certificate, ...] = ()  # as far as OpenSSL could follow it
+        self._failures: tuple[Failure, ...] = ()
+        self._peer: VerifiedPeer | None = None
+        self.bug: Exception | None = None  # what OpenSSL's call of us raised
         connection.set_app_data(self)
         connection.set_accept_state()
 
     def feed(self, records: bytes) -> Accepted | Refused | None:
-        """Go on with what the network brought; None while more is needed."""
+        """Go on with what the network brought; None while more is needed. Raises what is a bug of ours."""
         self._connection.bio_write(records)
         try:
             self._connection.do_handshake()
         except SSL.WantReadError:
             return None
         except SSL.Error as error:
-            return self._failed(error)
+            if self.bug is not None:
+                raise self.bug from None
+            failures = self._failures or (handshake_failure(error),)
+            return Refused(failures, self._path, None)
         return self._finished()
 
     def take(self) -> bytes:
         """Return the records that wait to be sent."""
         return _take(self._connection._from_ssl)
 
-    def on_certificate(self, certificate: X509, error: int, depth: int) -> bool:
-        """OpenSSL looked at a certificate of the path. Note the first fault; say whether it may go on."""
-        self._seen[depth] = certificate
-        if error and self._refusal is None:
-            self._refusal = (error, depth)
-        return not error or self._context.settings.answer_refusals
+    def on_certificate(self, store_context: Any, ok: int) -> int:
+        """OpenSSL looked at a certificate of the path; 1 lets it go on, 0 ends the handshake."""
+        if self._context.settings.answer_refusals:
+            return 1  # judged once the client has proved that it holds the key
+        error = _lib.X509_STORE_CTX_get_error(store_context)
+        depth = _lib.X509_STORE_CTX_get_error_depth(store_context)
+        if ok and depth:
+            return 1  # the leaf comes last
+        self._path = _parse(_ders_of(_lib.X509_STORE_CTX_get1_chain(store_context), owned=True))
+        judgement = Judgement(self._path) if ok else Judgement((), path_detail(error, depth))
+        try:
+            self._peer = verify(self._path, self._context.terms, self._clock(), judgement)
+        except VerificationFailed as refused:
+            self._failures = refused.failures
+            if ok:  # OpenSSL had nothing against it: choose the alert
+                _lib.X509_STORE_CTX_set_error(store_context, alert_error(refused.failures[0].reason))
+            return 0
+        return int(ok)
 
     def _finished(self) -> Accepted | Refused:
-        connection, channel = self._connection, Channel(self._connection)
+        connection, channel, settings = self._connection, Channel(self._connection), self._context.settings
         facts = Facts(
             server_name=(connection.get_servername() or b"").decode("ascii", "replace"),
             version=connection.get_protocol_version_name(),
             cipher=connection.get_cipher_name() or "",
             group=connection.get_group_name() or "",
+            alpn=connection.get_alpn_proto_negotiated() if settings.alpn else b"",
         )
-        presented = self._presented()
+        if settings.client_auth is ClientAuth.OFF:
+            return Accepted(None, channel, facts)
+        if self._peer is not None:
+            return Accepted(self._peer, channel, facts)
+        presented = _presented(connection._ssl)
+        if not presented and settings.client_auth is ClientAuth.OPTIONAL:
+            return Accepted(None, channel, facts)
         try:
-            peer = verify(presented, self._context.terms, self._clock(), self._judgement())
+            return Accepted(self._context.admit(presented, self._clock()), channel, facts)
         except VerificationFailed as refused:
-            return Refused(refused.failures, presented, channel, facts)
-        return Accepted(peer, channel, facts)
-
-    def _failed(self, error: SSL.Error) -> Refused:
-        presented = tuple(self._seen[depth].to_cryptography() for depth in sorted(self._seen))
-        if self._refusal is not None:  # OpenSSL refused the path: explain it as the verifier would
-            try:
-                verify(presented, self._context.terms, self._clock(), self._judgement())
-            except VerificationFailed as refused:
-                return Refused(refused.failures, presented, None)
-        return Refused((handshake_failure(error),), presented, None)
-
-    def _judgement(self) -> Judgement:
-        if self._refusal is not None:
-            return Judgement((), path_detail(*self._refusal))
-        path = self._connection.get_verified_chain(as_cryptography=True)
-        return Judgement(tuple(path or ()), "no path was built")
-
-    def _presented(self) -> tuple[x509.Certificate, ...]:
-        try:
-            leaf = self._connection.get_peer_certificate(as_cryptography=True)
-            rest = self._connection.get_peer_cert_chain(as_cryptography=True) or []
-        except ValueError:  # OpenSSL could read it and `cryptography` cannot: judged as not presented
-            return ()
-        return () if leaf is None else (leaf, *(certificate for certificate in rest if certificate != leaf))
+            return Refused(refused.failures, _parse(presented), channel, facts)
 
 
 def _context(credential: Credential, terms: Terms, settings: ServerSettings) -> SSL.Context:
@@ -277,29 +322,93 @@ def _context(credential: Credential, terms: Terms, settings: ServerSettings) -> 
     context.set_min_proto_version(SSL.TLS1_2_VERSION if settings.allow_tls12 else SSL.TLS1_3_VERSION)
     context.set_options(SSL.OP_NO_TICKET | SSL.OP_NO_RENEGOTIATION | SSL.OP_CIPHER_SERVER_PREFERENCE)
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    context.set_tls13_ciphersuites(_SUITES)
     write_whole(context)
     context.set_mode(SSL.MODE_RELEASE_BUFFERS)  # an idle connection keeps no record buffers
     if settings.allow_tls12:
         context.set_cipher_list(b"ECDHE+AESGCM:ECDHE+CHACHA20")
+    if settings.alpn:
+        context.set_alpn_select_callback(_choose(settings.alpn))
     credential.configure(context)
+    if settings.client_auth is ClientAuth.OFF:
+        return context
     store = context.get_cert_store()
     assert store is not None
     for anchor in terms.bundle.anchors:
-        store.add_cert(X509.from_cryptography(anchor))
+        if not settings.answer_refusals:  # else the chain is judged later, and a store would only have it judged twice
+            store.add_cert(X509.from_cryptography(anchor))
         if settings.offer_authorities:
             context.add_client_ca(anchor)
     # The anchors are what the operator chose, each an authority; one need not be self-signed to be trusted.
     store.set_flags(X509StoreFlags.PARTIAL_CHAIN)
     context.set_verify_depth(MAX_CHAIN)
-    mode = SSL.VERIFY_PEER | (0 if settings.answer_refusals else SSL.VERIFY_FAIL_IF_NO_PEER_CERT)
-    context.set_verify(mode, _on_certificate)
+    told = settings.answer_refusals or settings.client_auth is ClientAuth.OPTIONAL
+    mode = SSL.VERIFY_PEER | (0 if told else SSL.VERIFY_FAIL_IF_NO_PEER_CERT)
+    context.set_verify(mode)
+    _lib.SSL_CTX_set_verify(context._context, mode, _on_certificate)
     return context
 
 
-def _on_certificate(connection: SSL.Connection, certificate: X509, error: int, depth: int, ok: int) -> bool:
-    """Called for each certificate of a path. An exception here fails the handshake (since pyOpenSSL 26.0)."""
-    handshake = connection.get_app_data()
-    return isinstance(handshake, ServerHandshake) and handshake.on_certificate(certificate, 0 if ok else error, depth)
+@_ffi.callback("int (*)(int, X509_STORE_CTX *)", error=0)  # type: ignore[untyped-decorator]  # cffi has no types
+def _on_certificate(ok: int, store_context: Any) -> int:
+    """Called for each certificate of a path. Fails closed: an exception fails the handshake (CVE-2026-27448)."""
+    ssl = _lib.X509_STORE_CTX_get_ex_data(store_context, _lib.SSL_get_ex_data_X509_STORE_CTX_idx())
+    handshake = SSL.Connection._reverse_mapping[ssl].get_app_data()
+    try:
+        return handshake.on_certificate(store_context, ok) if isinstance(handshake, ServerHandshake) else 0
+    except Exception as bug:
+        handshake.bug = bug
+        return 0
+
+
+def _choose(spoken: tuple[bytes, ...]) -> Callable[[SSL.Connection, list[bytes]], Any]:
+    """What chooses the application protocol: the first of ours that the client names."""
+
+    def choose(_connection: SSL.Connection, named: list[bytes]) -> Any:
+        return next((protocol for protocol in spoken if protocol in named), SSL.NO_OVERLAPPING_PROTOCOLS)
+
+    return choose
+
+
+def _presented(ssl: Any) -> tuple[bytes, ...]:
+    """What the client showed, in DER, leaf first; () for nothing."""
+    leaf = _lib.SSL_get_peer_certificate(ssl)
+    if leaf == _ffi.NULL:
+        return ()
+    try:
+        first = _der(leaf)
+    finally:
+        _lib.X509_free(leaf)
+    return (first, *(der for der in _ders_of(_lib.SSL_get_peer_cert_chain(ssl)) if der != first))
+
+
+def _ders_of(stack: Any, *, owned: bool = False) -> tuple[bytes, ...]:
+    """The certificates of a STACK_OF(X509), which is freed if it is `owned`."""
+    if stack == _ffi.NULL:
+        return ()
+    certificates = [_lib.sk_X509_value(stack, at) for at in range(_lib.sk_X509_num(stack))]
+    ders = tuple(map(_der, certificates))
+    if owned:
+        for certificate in certificates:
+            _lib.X509_free(certificate)
+        _lib.sk_X509_free(stack)
+    return ders
+
+
+def _der(certificate: Any) -> bytes:
+    bio = _lib.BIO_new(_lib.BIO_s_mem())
+    try:
+        _lib.i2d_X509_bio(bio, certificate)
+        return _take(bio)
+    finally:
+        _lib.BIO_free(bio)
+
+
+def _parse(ders: Iterable[bytes]) -> tuple[x509.Certificate, ...]:
+    try:
+        return tuple(map(x509.load_der_x509_certificate, ders))
+    except ValueError:  # OpenSSL could read it and `cryptography` cannot: judged as not presented
+        return ()
 
 
 def _take(bio: Any) -> bytes:

@@ -156,3 +156,8 @@ def alert_name(number: int) -> str:
     """Return the alert's name in the RFCs, or `alert N` for a number without one. Raises nothing."""
     alert = _BY_NUMBER.get(number)
     return f"alert {number}" if alert is None else alert.wire_name
+
+
+def alert_record(alert: Alert) -> bytes:
+    """Return a fatal alert as a plain record (RFC 8446 5.1, 6), for a handshake that was not begun."""
+    return bytes((21, 3, 3, 0, 2, 2, alert.value.number))

@@ -7,7 +7,7 @@ and whatever is not plainly usual goes to `http1`. Tests hold the two against ea
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from handfast.wire.bodies import TOKEN, BodyKind
 from handfast.wire.http1 import Header, RequestHead, ResponseHead, parse_request_head, rewrite_request
@@ -28,6 +28,8 @@ _ANSWER = re.compile(
 _REQUEST_LINE = re.compile(rb"([A-Z]{3,16}) ((/[!\"$->@-~]*+)[!\"$-~]*+) HTTP/1\.1")
 _NOT_HERE = frozenset({b"CONNECT", b"TRACE", b"HEAD"})
 _LONGEST_REMEMBERED = 4096  # bytes of header lines that a connection remembers
+_LONGEST_LINE = 512  # bytes of a request line that it remembers
+_MOST_LINES = 16
 
 
 def usual_answer(head: bytes) -> tuple[ResponseHead, bytes] | None:
@@ -43,20 +45,53 @@ def usual_answer(head: bytes) -> tuple[ResponseHead, bytes] | None:
     return response, head if begin < 0 else head[:begin] + head[end:]
 
 
+class Answers:
+    """The answers that one connection carries. The head that came last is not read again."""
+
+    __slots__ = ("_head", "_read")
+
+    def __init__(self) -> None:
+        self._head = b""
+        self._read: tuple[ResponseHead, bytes] | None = None
+
+    def usual(self, head: bytes) -> tuple[ResponseHead, bytes] | None:
+        """As `usual_answer`."""
+        if head != self._head or self._read is None:
+            self._read = usual_answer(head)
+            self._head = head if len(head) <= _LONGEST_REMEMBERED else b""
+        return self._read
+
+    def whole(self, data: bytes) -> tuple[ResponseHead, bytes] | None:
+        """Return a usual answer's head and all that is sent for it, if `data` is one whole answer; else None."""
+        end = data.find(b"\r\n\r\n") + 4
+        if end < 4:
+            return None
+        read = self.usual(data[:end])
+        if read is None or len(data) - end != read[0].length:
+            return None
+        return read[0], read[1] + data[end:]
+
+
 class Requests:
-    """The requests of one connection, read and rewritten. Header lines that it has just seen are not read again.
+    """The requests of one connection, read and rewritten. What it has just seen is not read again.
 
     `set_headers` and `strip` are as for `rewrite_request`.
     """
 
-    __slots__ = ("_head", "_lines", "_rest", "_set_headers", "strip")
+    __slots__ = ("_by_line", "_head", "_lines", "_rest", "set_headers", "strip")
 
-    def __init__(self, set_headers: Sequence[Header], strip: Callable[[bytes], bool]) -> None:
+    def __init__(self, set_headers: tuple[Header, ...], strip: Callable[[bytes], bool]) -> None:
         self.strip = strip
-        self._set_headers = set_headers
+        self.set_headers = set_headers
         self._lines = b""  # all of the last request but its first line
         self._head: RequestHead | None = None
         self._rest = b""  # what they became
+        self._by_line: dict[bytes, tuple[RequestHead, bytes]] = {}  # requests with these lines
+
+    def usual(self, data: bytes) -> tuple[RequestHead, bytes] | None:
+        """Return the request and what is sent for it, if `data` is one that came before, whole and alone; else None."""
+        line, _, lines = data.partition(b"\r\n")
+        return self._by_line.get(line) if lines == self._lines else None
 
     def parse(self, head: bytes) -> RequestHead:
         """As `parse_request_head`, which may raise RemoteProtocolError."""
@@ -66,27 +101,40 @@ class Requests:
             found = _REQUEST_LINE.fullmatch(line)
             if found is not None and found[1] not in _NOT_HERE:
                 return known._replace(method=found[1], target=found[2], path=found[3])
-        self._head = None
+        self._forget()
         parsed = parse_request_head(head)
         if (
             parsed.body is BodyKind.NONE
             and parsed.upgrade is None
             and parsed.minor
+            and parsed.keep_alive
             and len(lines) <= _LONGEST_REMEMBERED
         ):
-            self._head, self._lines, self._rest = parsed, lines, b""
+            self._head, self._lines = parsed, lines
         return parsed
 
     def rewrite(self, head: RequestHead) -> bytes:
         """As `rewrite_request`, of the head that `parse` returned last."""
         if self._rest and self._head is not None:
-            return b"%b %b HTTP/1.1\r\n%b" % (head.method, head.target, self._rest)
-        sent = rewrite_request(head, self._set_headers, self.strip)
+            sent = b"%b %b HTTP/1.1\r\n%b" % (head.method, head.target, self._rest)
+        else:
+            sent = rewrite_request(head, self.set_headers, self.strip)
         if self._head is not None:
             self._rest = sent.partition(b"\r\n")[2]
+            line = b"%b %b HTTP/1.1" % (head.method, head.target)
+            if head.method not in _NOT_HERE and len(line) <= _LONGEST_LINE:
+                if len(self._by_line) >= _MOST_LINES:
+                    self._by_line.clear()
+                self._by_line[line] = head, sent
         return sent
 
-    def strip_by(self, strip: Callable[[bytes], bool]) -> None:
-        """Strip by another rule from now on."""
-        if strip is not self.strip:
-            self.strip, self._head, self._rest = strip, None, b""
+    def set_by(self, set_headers: tuple[Header, ...], strip: Callable[[bytes], bool]) -> None:
+        """Set and strip by these from now on."""
+        if strip is not self.strip or set_headers is not self.set_headers:
+            self.strip, self.set_headers = strip, set_headers
+            self._rest = b""
+            self._by_line.clear()
+
+    def _forget(self) -> None:
+        self._head, self._lines, self._rest = None, b"", b""
+        self._by_line.clear()

@@ -1,0 +1,31 @@
+"""All checks there are, and the choosing among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from handfast.audit import certificates, confusion, hellos, middle, parameters, replays, slowness
+from handfast.audit.model import Check
+from handfast.errors import InvalidInput, Reason
+
+CHECKS: tuple[Check, ...] = (
+    *certificates.CHECKS,
+    *replays.CHECKS,
+    *parameters.CHECKS,
+    *hellos.CHECKS,
+    *confusion.CHECKS,
+    *slowness.CHECKS,
+    *middle.CHECKS,
+)
+
+
+def choose(only: Sequence[str]) -> tuple[Check, ...]:
+    """The checks of these ids, or of all where none is given. `outsider.*` stands for those that it fits.
+
+    Raises InvalidInput (AUDIT_UNKNOWN_CHECK).
+    """
+    for pattern in only:
+        if not any(fnmatchcase(check.id, pattern) for check in CHECKS):
+            raise InvalidInput(Reason.AUDIT_UNKNOWN_CHECK, value=pattern)
+    return tuple(check for check in CHECKS if not only or any(fnmatchcase(check.id, one) for one in only))

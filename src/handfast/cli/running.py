@@ -1,0 +1,427 @@
+"""How a guard is run from the command line: its sockets, its process or processes, and how each begins and ends.
+
+run(config) -> sockets (bound, inherited or systemd's) -> privileges dropped -> one process, or workers
+a process   -> Assembly -> Guard -> signals: TERM and INT drain, HUP reloads, USR2 hands over
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from time import monotonic, time
+from typing import Any
+
+import click
+
+from handfast.cli.output import print_json
+from handfast.errors import Failure, HandfastError, Reason
+from handfast.guard import handover, systemd
+from handfast.guard.admin import Admin, AdminFacts, Drain, Reports, send_state, status_of, unready_for
+from handfast.guard.assembly import Assembly
+from handfast.guard.connection import Listener
+from handfast.guard.events import EventLog, told
+from handfast.guard.health import HealthChecks
+from handfast.guard.metrics import State
+from handfast.guard.places import Place, parse_place
+from handfast.guard.routes import Snapshot
+from handfast.guard.sandbox import confine, drop_privileges, forbid_core_dumps, runtime_paths
+from handfast.guard.schema import Config
+from handfast.guard.service import Guard, bind, raise_descriptor_limit
+from handfast.guard.workers import Plan, Worker, auto_workers, bind_shared, deal, supervise
+
+_ADMIN = "admin"  # what the admin socket is called among those handed over
+_PULSE = 0.5  # seconds between two reports of a worker
+_LONGER = 5.0  # seconds that workers have, on top of what their connections have
+
+Make = Callable[[], AbstractContextManager[Assembly]]
+Ready = Callable[[list[str]], dict[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """One process's guard: what it needs to run.
+
+    `listeners` come with sockets that are bound already, so that nothing is issued for a port that is taken. `ready`
+    is told the URLs, says what there is to say, and returns the ready event.
+    """
+
+    snapshot: Snapshot
+    listeners: tuple[tuple[Listener, socket.socket], ...]
+    ready: Ready
+    as_json: bool
+    refresh: Callable[[datetime], Snapshot | None] | None = None
+    drain: float = 30.0
+    assembly: Assembly | None = None
+    admin: socket.socket | None = None
+    worker: Worker | None = None
+    log_lock: int | None = None
+    sockets: Mapping[str, list[socket.socket]] = field(default_factory=dict)  # to hand over, by name
+
+
+def serve(serving: Serving) -> int:
+    """Run a guard until SIGINT or SIGTERM, then drain. Raises Unreachable when it cannot listen."""
+    raise_descriptor_limit()
+    log = EventLog(sys.stdout.buffer, pretty=not serving.as_json, lock=serving.log_lock)
+    try:
+        _loop(_Process(serving, log).run())
+    finally:
+        log.close()
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Telling:
+    """How a guard speaks to who started it."""
+
+    ready: Ready
+    as_json: bool
+
+
+def run(config: Config, make: Make, telling: Telling) -> int:
+    """Run what a configuration says, until a signal ends it; return the exit code. Raises HandfastError."""
+    count = config.workers or auto_workers()
+    with make() as assembly:
+        assembly.build(datetime.now(UTC))  # what is wrong is said before anything is bound
+    sockets = _sockets(config, count)
+    admin = sockets.get(_ADMIN, [None])[0]
+    if config.user is not None:
+        drop_privileges(config.user, config.group)
+    forbid_core_dumps()
+    if config.sandbox:
+        _confine(config, assembly)
+    if count == 1:
+        with make() as assembly:
+            return serve(_serving(assembly, sockets, telling, admin=admin))
+    return _run_workers(config, make, telling, (count, sockets, admin))
+
+
+def _run_workers(
+    config: Config, make: Make, telling: Telling, what: tuple[int, dict[str, list[socket.socket]], socket.socket | None]
+) -> int:
+    count, sockets, admin = what
+    dealt = {listener.name: deal(sockets[listener.name], count) for listener in config.listeners}
+    lock = _log_lock()
+    log = _ParentLog(telling.as_json, lock)
+
+    def work(worker: Worker) -> int:
+        own = {name: hands[worker.index] for name, hands in dealt.items()}
+        with make() as assembly:
+            quiet = replace(telling, ready=lambda urls: {})
+            return serve(_serving(assembly, own, quiet, worker=worker, log_lock=lock))
+
+    def oversee(worker: Worker) -> int:
+        assert worker.report is not None
+        assert admin is not None
+        with make() as assembly:
+            _loop(_serve_admin(config, assembly, worker, admin))
+        return 0
+
+    def say(event: str, fields: dict[str, Any]) -> None:
+        if event == "serving":
+            log.ready(telling.ready([_url(config, name, sockets[name][0]) for name in dealt]))
+        log.emit(event, fields)
+
+    hands = [[plug for name in dealt for plug in dealt[name][index]] for index in range(count)]
+    plan = Plan(
+        run=work,
+        sockets=hands,
+        say=say,
+        admin=None if admin is None else oversee,
+        admin_sockets=() if admin is None else (admin,),
+        begin_hand_over=lambda: handover.begin(sockets, handover.own_command(), os.environ),
+        drain=config.drain.total_seconds() + _LONGER,
+    )
+    return supervise(plan)
+
+
+class _Process:
+    """A guard in this process, with all that surrounds it."""
+
+    def __init__(self, serving: Serving, log: EventLog) -> None:
+        self._serving = serving
+        self._log = log
+        self._guard = Guard(serving.snapshot, log, drain=serving.drain, refresh=self._refresh)
+        self._stop = asyncio.Event()
+        self._connections_at_stop = 0
+        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them weakly
+
+    async def run(self) -> None:
+        serving, guard = self._serving, self._guard
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _loop, context: _report(guard, context))
+        self._handle_signals(loop)
+        urls = []
+        for listener, plug in serving.listeners:
+            urls.append(_as_url(listener.http, await guard.listen(plug, listener)))
+        self._note_snapshot()
+        health = HealthChecks(self._groups, self._log)
+        health.start()
+        admin = await self._start_admin()
+        event = serving.ready(urls)
+        if serving.as_json and serving.worker is None:
+            print_json({"event": "ready", **event})
+        self._tell_ready()
+        pulse = loop.create_task(self._pulse())
+        await self._stop.wait()
+        pulse.cancel()
+        health.stop()
+        await self._drain(loop)
+        if admin is not None:
+            admin.close()
+
+    def _handle_signals(self, loop: asyncio.AbstractEventLoop) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if self._serving.worker is None or number is signal.SIGTERM:
+                loop.add_signal_handler(number, self._stop.set)
+        if self._serving.assembly is not None:
+            loop.add_signal_handler(signal.SIGHUP, self._reload)
+            if self._serving.worker is None:
+                loop.add_signal_handler(signal.SIGUSR2, self._hand_over)
+
+    async def _drain(self, loop: asyncio.AbstractEventLoop) -> None:
+        serving, guard = self._serving, self._guard
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C ends it at once
+            if serving.worker is None:
+                loop.remove_signal_handler(number)
+        self._connections_at_stop = len(guard.connections)
+        if serving.worker is None:
+            systemd.notify(STOPPING=1)
+            if not serving.as_json:
+                click.echo(f"\nstopping; {self._connections_at_stop} connection(s) may finish (Ctrl-C again: at once)")
+        await guard.stop()
+        if serving.as_json and serving.worker is None:
+            self._log.emit("stopped", guard.now, {})
+        self._log.close()
+        if not serving.as_json and serving.worker is None:
+            click.echo("goodbye")
+
+    def _groups(self) -> Any:
+        assembly = self._serving.assembly
+        return [] if assembly is None else assembly.upstreams()
+
+    def _refresh(self, now: datetime) -> Snapshot | None:
+        snapshot = None if self._serving.refresh is None else self._serving.refresh(now)
+        if snapshot is not None:
+            self._guard.loaded = time()
+            self._note_snapshot(snapshot)
+        return snapshot
+
+    def _reload(self) -> None:
+        """SIGHUP: read everything again, now."""
+        assert self._serving.assembly is not None
+        if self._serving.worker is None:
+            systemd.notify(RELOADING=1)
+        self._serving.assembly.reload()
+        self._guard.refresh_now()
+        self._tell_ready()
+
+    def _tell_ready(self) -> None:
+        if self._serving.worker is not None:
+            self._serving.worker.ready()
+        else:
+            handover.say_ready()
+            systemd.notify(READY=1)
+
+    def _hand_over(self) -> None:
+        """SIGUSR2: start the program anew with our sockets; once it serves, drain and end."""
+        task = asyncio.get_running_loop().create_task(self._hand_over_now())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _hand_over_now(self) -> None:
+        start = partial(handover.hand_over, self._serving.sockets, handover.own_command(), os.environ)
+        outcome = await asyncio.get_running_loop().run_in_executor(None, start)
+        if isinstance(outcome, Failure):
+            self._log.emit("hand_over_failed", self._guard.now, told(outcome))
+            return
+        self._log.emit("handed_over", self._guard.now, {"pid": outcome.pid})
+        self._stop.set()
+
+    def _note_snapshot(self, snapshot: Snapshot | None = None) -> None:
+        guard, assembly = self._guard, self._serving.assembly
+        ends = {} if assembly is None else {name: end.timestamp() for name, end in assembly.certificates.items()}
+        guard.metrics.set_snapshot((snapshot or guard.snapshot).generation + 1, guard.loaded, ends)
+
+    def _state(self) -> State:
+        metrics = self._guard.metrics
+        metrics.log_broken(self._log.broken)
+        for group in self._groups():
+            for backend in group.backends:
+                metrics.upstream(group.name, str(backend.target), backend.usable(monotonic()), backend.connections)
+        return metrics.state()
+
+    async def _start_admin(self) -> Admin | None:
+        serving = self._serving
+        if serving.admin is None:
+            return None
+        names = {listener.name: _address(plug) for listener, plug in serving.listeners}
+
+        def unready() -> list[str]:
+            return unready_for(self._state(), time(), listening=True, draining=self._guard.draining)
+
+        def draining() -> Drain | None:
+            if not self._guard.draining:
+                return None
+            return Drain(of=self._connections_at_stop, seconds_left=max(0.0, self._guard.drain_until - monotonic()))
+
+        minter = None if serving.assembly is None else serving.assembly.minter
+        admin = Admin(
+            AdminFacts(
+                state=self._state,
+                ready=unready,
+                status=lambda: status_of(self._state(), names, unready(), draining()),
+                jwks=None if minter is None else minter.jwks,
+                bug=lambda bug: _report(self._guard, {"message": "admin", "exception": bug}),
+            )
+        )
+        await admin.serve(serving.admin)
+        return admin
+
+    async def _pulse(self) -> None:
+        """Report to the admin process; tell systemd's watchdog that the loop turns."""
+        worker, interval = self._serving.worker, systemd.watchdog_interval()
+        due = monotonic()
+        while True:
+            if worker is not None and worker.report is not None:
+                send_state(worker.report, worker.index, self._state())
+            elif worker is None and interval is not None and monotonic() >= due:
+                systemd.notify(WATCHDOG=1)
+                due = monotonic() + interval
+            await asyncio.sleep(_PULSE)
+
+
+async def _serve_admin(config: Config, assembly: Assembly, worker: Worker, plug: socket.socket) -> None:
+    """The admin process of several workers: shows what they report."""
+    assert worker.report is not None
+    reports, stop = Reports(worker.report), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_reader(worker.report.fileno(), reports.read)
+    names = {listener.name: listener.listen for listener in config.listeners}
+
+    def unready() -> list[str]:
+        return unready_for(reports.state(), time(), listening=True, draining=False)
+
+    admin = Admin(
+        AdminFacts(
+            state=reports.state,
+            ready=unready,
+            status=lambda: status_of(reports.state(), names, unready(), None),
+            jwks=None if assembly.minter is None else assembly.minter.jwks,
+        )
+    )
+    await admin.serve(plug)
+    worker.ready()
+    await stop.wait()
+    admin.close()
+
+
+class _ParentLog:
+    """The events of the process that oversees workers: few, and written at once, for it may have no thread."""
+
+    def __init__(self, as_json: bool, lock: int) -> None:
+        self._as_json = as_json
+        self._lock = lock
+
+    def ready(self, event: dict[str, object]) -> None:
+        if self._as_json:
+            print_json({"event": "ready", **event})
+        sys.stdout.flush()
+
+    def emit(self, event: str, fields: dict[str, Any]) -> None:
+        EventLog.write_one(sys.stdout.buffer, event, fields, pretty=not self._as_json, lock=self._lock)
+
+
+def _serving(assembly: Assembly, sockets: Mapping[str, list[socket.socket]], telling: Telling, **more: Any) -> Serving:
+    snapshot = assembly.build(datetime.now(UTC))
+    pairs = [(assembly.listeners[name], plug) for name, plugs in sockets.items() if name != _ADMIN for plug in plugs]
+    return Serving(
+        snapshot,
+        tuple(pairs),
+        telling.ready,
+        telling.as_json,
+        assembly.refresh,
+        assembly.config.drain.total_seconds(),
+        assembly,
+        sockets=sockets,
+        **more,
+    )
+
+
+def _sockets(config: Config, count: int) -> dict[str, list[socket.socket]]:
+    """A listener's sockets by its name: those handed over, systemd's, or our own. Raises HandfastError."""
+    before, given = handover.inherited(), systemd.listen_sockets()
+    sockets: dict[str, list[socket.socket]] = {}
+    for listener in config.listeners:
+        place = parse_place(listener.listen)
+        sockets[listener.name] = before.pop(listener.name, []) or _take(place, given, count)
+    if config.admin is not None:
+        sockets[_ADMIN] = before.pop(_ADMIN, []) or _take(parse_place(config.admin.listen), given, 1)
+    for plugs in before.values():  # of listeners that are no more
+        for plug in plugs:
+            plug.close()
+    return sockets
+
+
+def _take(place: Place, given: dict[str, list[socket.socket]], count: int) -> list[socket.socket]:
+    if place.systemd:
+        if place.systemd not in given:
+            raise HandfastError(Reason.GUARD_SOCKETS, detail=f"systemd gave no socket called {place.systemd}")
+        return given.pop(place.systemd)
+    if count == 1 or place.path:
+        return [bind(place)]
+    first = bind(place)  # finds the address, and says what is wrong with it
+    family, address = first.family, first.getsockname()
+    first.close()
+    return bind_shared(family, address, count)
+
+
+def _confine(config: Config, assembly: Assembly) -> None:
+    """Let this process and its workers read their own files, and little else of the machine."""
+    read = {path.parent for path in assembly.files()} | {path.resolve().parent for path in assembly.files()}
+    write = [] if config.state is None else [config.state]
+    execute = [Path(sys.executable), Path(sys.executable).resolve(), Path("/lib64"), Path("/lib"), Path("/usr/lib")]
+    confine([*read, *runtime_paths()], write, execute)
+
+
+def _log_lock() -> int:
+    """A file that processes lock while they write lines to the one log."""
+    return os.memfd_create("handfast-log") if hasattr(os, "memfd_create") else os.open(os.devnull, os.O_RDWR)
+
+
+def _address(plug: socket.socket) -> str:
+    name = plug.getsockname()
+    return str(Place(*name[:2])) if isinstance(name, tuple) else f"unix:{name}"
+
+
+def _url(config: Config, name: str, plug: socket.socket) -> str:
+    listener = next(one for one in config.listeners if one.name == name)
+    return _as_url(listener.mode.value == "http", _address(plug))
+
+
+def _as_url(http: bool, address: str) -> str:
+    return address if address.startswith("unix:") else f"{'https' if http else 'tls'}://{address}"
+
+
+def _report(guard: Guard, context: dict[str, Any]) -> None:
+    """What the loop caught is a bug of ours: one event, and no traceback for the user."""
+    failure = Failure(Reason.BUG, {"detail": f"{context.get('message')}: {context.get('exception')!r}"[:300]})
+    guard.log.emit("bug", guard.now, told(failure))
+
+
+def _loop(main: Coroutine[Any, Any, None]) -> None:
+    if sys.platform == "win32":  # uvloop is not to be had there
+        asyncio.run(main)
+    else:
+        import uvloop
+
+        uvloop.run(main)

@@ -1,0 +1,160 @@
+"""What each request of a connection must pass before an app learns of it, whichever HTTP brought it.
+
+A Door is made for one verified peer, or for a client that need not say who it is. It keeps what it has judged
+for as long as the snapshot is in force; limits and the end of trust are looked at for every request.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from time import monotonic, time
+from typing import TYPE_CHECKING
+
+from handfast.errors import Failure, Reason
+from handfast.guard.routes import Route, Site
+from handfast.pki.verification import VerifiedPeer
+from handfast.policy import Decision, Effect, Policy, Request, Rule, decide_by, rules_about
+from handfast.tls.server import Facts
+from handfast.wire.http1 import Header
+from handfast.wire.identity import claims_identity, fold, overrides_request
+from handfast.wire.targets import ambiguous_path, normal_host
+
+if TYPE_CHECKING:
+    from handfast.guard.connection import Connection
+
+_MOST_KNOWN = 64  # requests that a door remembers
+_LONGEST_KNOWN = 512  # bytes of a path
+# What a proxy says of the client's side; ours replaces whatever the client sent.
+_FORWARDED = frozenset(
+    {
+        *(b"xforwardedfor", b"xforwardedproto", b"forwarded", b"xrealip", b"xforwardedhost", b"xforwardedport"),
+        *(b"xforwardedserver", b"xforwardedscheme", b"xforwardedssl", b"xoriginalhost"),
+        *(b"scriptname", b"pathinfo"),  # gunicorn takes these from 127.0.0.1 for its own, and moves the path
+    }
+)
+_OPEN = Decision(Effect.ALLOW, None, Reason.POLICY_OPEN_ROUTE)
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A request that may go on: where to, and why. `note` is what its log line says of it, as JSON members."""
+
+    route: Route
+    decision: Decision
+    note: bytes
+
+
+class Door:
+    """See the module's docstring. `headers` tell the app who calls; every other spelling of them is taken out."""
+
+    __slots__ = (
+        *("_connection", "_headers", "_known", "_renew_at", "_rules", "_server_name", "_site", "_trusted_until"),
+        "peer",
+    )
+
+    def __init__(self, connection: Connection, site: Site, peer: VerifiedPeer | None, facts: Facts) -> None:
+        self.peer = peer
+        self._connection = connection
+        self._site = site
+        self._server_name = normal_host(facts.server_name) or b"" if facts.server_name else None
+        self._trusted_until = float("inf") if peer is None else peer.not_after.timestamp()
+        self._known: dict[tuple[bytes, bytes, bytes], Admission] = {}
+        self._rules: dict[int, tuple[Policy, list[Rule]]] = {}  # about the peer, by the policy's identity
+        self._headers: tuple[Header, ...] = ()
+        self._renew_at = 0.0
+
+    def judge(self, method: bytes, path: bytes, host: bytes) -> Admission | Failure:
+        """Judge a request: `path` without query, `host` as `normal_host` gives it. A failure's facts hold `rule`."""
+        connection = self._connection
+        if connection.guard.log.broken:
+            return Failure(Reason.GUARD_LOG_FAILED)
+        if time() >= self._trusted_until:
+            return Failure(Reason.ENDED_EXPIRED)
+        if (gate := connection.gate) is not None:
+            failure = gate.admit_request(connection.who, connection.host, monotonic())
+            if failure is not None:
+                return failure
+        if connection.site is not self._site:  # a new snapshot reaches the next request
+            self._site = connection.site
+            self._known.clear()
+            self._rules.clear()
+            self._renew_at = 0.0
+        known = self._known.get((method, path, host))
+        if known is not None:
+            return known
+        judged = self._judge(method, path, host)
+        if isinstance(judged, Admission) and len(path) <= _LONGEST_KNOWN:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[method, path, host] = judged
+        return judged
+
+    def allows(self, method: bytes, path: bytes) -> bool:
+        """Whether what is under way may go on under the site now in force (a websocket)."""
+        return not isinstance(self._decide(self._connection.site, method, path), Failure)
+
+    @property
+    def strips_overrides(self) -> bool:
+        """Whether headers that tell the app another method or path are taken out: rules judge these."""
+        return self._connection.site.judges_requests
+
+    def headers(self) -> tuple[Header, ...]:
+        """Return the headers for the app; the same tuple for as long as they hold."""
+        if monotonic() >= self._renew_at:
+            site, connection = self._connection.site, self._connection
+            self._renew_at = monotonic() + site.refresh_headers if site.refresh_headers else float("inf")
+            self._headers = (
+                (b"X-Forwarded-For", connection.address.rpartition(":")[0].encode()),
+                (b"X-Forwarded-Proto", b"https"),
+                *site.identify(self.peer, connection.guard.now),
+            )
+        return self._headers
+
+    def _judge(self, method: bytes, path: bytes, host: bytes) -> Admission | Failure:
+        site = self._site
+        if (self._server_name is not None and self._server_name != host) or not site.answers(host):
+            return Failure(Reason.HTTP_MISDIRECTED)
+        if site.judges_paths and ambiguous_path(path):
+            return Failure(Reason.HTTP_AMBIGUOUS_PATH)
+        decided = self._decide(site, method, path)
+        if isinstance(decided, Failure):
+            return decided
+        route, decision = decided
+        note = {
+            "decision": str(decision.effect),
+            "rule": None if decision.rule is None else decision.rule.text,
+            "reason": decision.reason.code,
+            "method": method.decode("ascii", "replace"),
+            "host": host.decode("ascii", "replace"),
+            "path": path[:512].decode("ascii", "replace"),
+        }
+        return Admission(route, decision, json.dumps(note)[1:-1].encode())
+
+    def _decide(self, site: Site, method: bytes, path: bytes) -> tuple[Route, Decision] | Failure:
+        route = site.route(method, path)
+        if route is None:
+            return Failure(Reason.HTTP_NO_ROUTE)
+        if route.anonymous:
+            return route, _OPEN
+        if self.peer is None:
+            return Failure(Reason.VERIFY_NO_CERTIFICATE)
+        policy, rules = self._rules.get(id(route.policy), (None, []))
+        if policy is not route.policy:
+            rules = rules_about(route.policy, self.peer)
+            self._rules[id(route.policy)] = route.policy, rules
+        decision = decide_by(rules, Request(method, path))
+        if decision.allowed:
+            return route, decision
+        rule = None if decision.rule is None else str(decision.rule)
+        return Failure(decision.reason, {"who": str(self.peer.identity), "rule": rule})
+
+
+def strip(name: bytes) -> bool:
+    """Whether a request's header is taken out: it says who the client is, or where it comes from."""
+    return claims_identity(name) or fold(name) in _FORWARDED
+
+
+def strip_override(name: bytes) -> bool:
+    """As `strip`; where rules judge method and path, no header may tell the app another one."""
+    return strip(name) or overrides_request(name)

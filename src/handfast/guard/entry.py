@@ -1,0 +1,346 @@
+"""How a client comes in, or does not: the states of a connection before and after its session.
+
+Nothing in here can reach an app; `_admit` alone makes what can, out of a finished handshake.
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from handfast.errors import Failure, Reason, RemoteProtocolError
+from handfast.guard.door import Door
+from handfast.guard.events import refusal_body, told
+from handfast.guard.http import HttpSession
+from handfast.guard.tunnel import Tunnel
+from handfast.pki.certificates import label, serial_text
+from handfast.tls.server import Accepted, Channel, Refused, ServerHandshake
+from handfast.wire.alerts import Alert, alert_record
+from handfast.wire.hello import HelloReader
+from handfast.wire.http1 import MAX_HEAD, find_head, plain_response
+from handfast.wire.proxy import read_proxy
+
+if TYPE_CHECKING:
+    from handfast.guard.connection import Connection
+
+LINGER = 2.0  # seconds for the peer to read why
+LINGER_BYTES = 1 << 18  # and what it may send meanwhile
+
+_HANDSHAKE_RECORD = 0x16  # RFC 8446 5.1; every TLS connection begins with one
+_LETTERS = frozenset(range(0x41, 0x5B))
+
+
+class Announced:
+    """Behind a proxy that is believed: its header says who the client is. Without one nothing goes on."""
+
+    __slots__ = ("_buffer", "_connection")
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._buffer = b""
+
+    def received(self, data: bytes) -> None:
+        """Bytes of the header, and what follows it."""
+        connection = self._connection
+        self._buffer += data
+        try:
+            read = read_proxy(self._buffer)
+        except RemoteProtocolError as error:
+            connection.event("connection", {"decision": "deny"} | told(error.failure))
+            connection.abort()
+            return
+        if read is None:
+            return
+        proxied, used = read
+        if proxied.endpoints is not None:
+            connection.announced(proxied.endpoints.source)
+        handshaking = Handshaking(connection)
+        connection.become(handshaking)
+        connection.enter()
+        if not connection.transport.is_closing() and len(self._buffer) > used:
+            handshaking.received(self._buffer[used:])
+
+    def ended(self) -> None:
+        """A health check of the proxy's, as often as not."""
+        self._connection.abort()
+
+    def writable(self, yes: bool) -> None:
+        """Nothing is written here."""
+
+    def lost(self) -> None:
+        """Nothing to tidy."""
+
+    def expired(self) -> None:
+        """No header came."""
+        failure = Failure(Reason.TLS_TIMEOUT, {"limit": self._connection.limits.handshake})
+        self._connection.event("connection", {"decision": "deny"} | told(failure))
+        self._connection.abort()
+
+
+class Handshaking:
+    """Before anyone is known: nothing but a TLS handshake is understood."""
+
+    __slots__ = ("_connection", "_early", "_handshake", "_hello")
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._handshake: ServerHandshake | None = None  # made with the first byte: a silent client costs little
+        self._hello: HelloReader | None = None  # where the site is chosen by the server name
+        self._early = b""  # what the hello was read from
+
+    def received(self, data: bytes) -> None:
+        """Bytes of the handshake."""
+        connection = self._connection
+        if self._handshake is None:
+            if self._hello is None and data[0] != _HANDSHAKE_RECORD:
+                self._not_tls(data)
+                return
+            self._handshake = self._choose(data)
+            if self._handshake is None:
+                return
+            data, self._early = self._early + data, b""
+        outcome = self._handshake.feed(data)
+        if records := self._handshake.take():
+            connection.transport.write(records)
+        match outcome:
+            case Accepted():
+                _admit(connection, outcome)
+            case Refused():
+                _refuse(connection, outcome)
+            case None:
+                pass
+
+    def ended(self) -> None:
+        """The client went away in the midst of it."""
+        if self._handshake is not None or self._hello is not None:
+            _denied(self._connection, Failure(Reason.TLS_CLOSED))
+        self._connection.abort()
+
+    def writable(self, yes: bool) -> None:
+        """A handshake's few records always fit."""
+
+    def lost(self) -> None:
+        """Nothing to tidy."""
+
+    def expired(self) -> None:
+        """Too slow: make room for others."""
+        _denied(self._connection, Failure(Reason.TLS_TIMEOUT, {"limit": self._connection.limits.handshake}))
+        self._connection.abort()
+
+    def _choose(self, data: bytes) -> ServerHandshake | None:
+        """Choose the site, and begin the handshake with its own TLS generation: never change it within one.
+
+        None while the hello is not all there, or when the client was turned away.
+        """
+        connection, guard = self._connection, self._connection.guard
+        sites = guard.snapshot.sites[connection.listener.name]
+        site = sites.only
+        if site is None:
+            self._hello = self._hello or HelloReader()
+            try:
+                hello = self._hello.feed(data)
+            except RemoteProtocolError as error:
+                self._turn_away(error.failure, Alert.DECODE_ERROR)
+                return None
+            if hello is None:
+                self._early += data
+                return None
+            site = sites.pick(hello.server_name)
+            if site is None:
+                name = hello.server_name or "nothing (it sent no server name)"
+                self._turn_away(Failure(Reason.TLS_UNKNOWN_NAME, {"name": name}), Alert.UNRECOGNIZED_NAME)
+                return None
+        connection.site = site
+        return site.context.accept(lambda: guard.now)
+
+    def _turn_away(self, failure: Failure, alert: Alert) -> None:
+        _denied(self._connection, failure)
+        self._connection.transport.write(alert_record(alert))
+        self._connection.linger()
+
+    def _not_tls(self, data: bytes) -> None:
+        connection = self._connection
+        plain_http = connection.listener.http and data[0] in _LETTERS
+        failure = Failure(Reason.TLS_PLAIN_HTTP if plain_http else Reason.TLS_NOT_TLS)
+        _denied(connection, failure)
+        if plain_http:
+            connection.transport.write(plain_response(failure.reason.http, refusal_body(failure.reason, connection.id)))
+        connection.linger()
+
+
+class Refusing:
+    """A refused client whose handshake was finished: it may send one request, and is told why it is refused."""
+
+    __slots__ = ("_channel", "_connection", "_head", "_reason")
+
+    def __init__(self, connection: Connection, channel: Channel, reason: Reason) -> None:
+        self._connection = connection
+        self._channel = channel
+        self._reason = reason
+        self._head = b""
+
+    def received(self, data: bytes) -> None:
+        """Read until the head of the request is there; then answer. No byte of it goes anywhere."""
+        self._channel.feed(data)
+        self.read()
+
+    def read(self) -> None:
+        """See `received`."""
+        while plain := self._channel.read():
+            self._head += plain
+            try:
+                if find_head(self._head) < 0:
+                    continue
+            except RemoteProtocolError:
+                pass
+            self._answer()
+            return
+        if self._channel.at_eof or len(self._head) > MAX_HEAD:
+            self._answer()
+
+    def ended(self) -> None:
+        """It did not ask anything."""
+        self._connection.linger()
+
+    def writable(self, yes: bool) -> None:
+        """The one answer always fits."""
+
+    def lost(self) -> None:
+        """Nothing to tidy."""
+
+    def expired(self) -> None:
+        """It asked nothing in time."""
+        self._answer()
+
+    def _answer(self) -> None:
+        connection = self._connection
+        head_only = self._head.startswith(b"HEAD ")
+        body = refusal_body(self._reason, connection.id)
+        self._channel.write(plain_response(self._reason.http or 403, body, head_only=head_only))
+        self._channel.close()
+        connection.transport.write(self._channel.take())
+        connection.linger()
+
+
+class Lingering:
+    """All is said; what still comes is thrown away."""
+
+    __slots__ = ("_connection", "_left")
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._left = LINGER_BYTES
+        connection.set_deadline(LINGER)
+        if not connection.transport.is_closing():
+            connection.transport.write_eof()
+
+    def received(self, data: bytes) -> None:
+        """Throw it away, within bounds."""
+        self._left -= len(data)
+        if self._left < 0:
+            self._connection.abort()
+
+    def ended(self) -> None:
+        """The peer has closed too."""
+        self._connection.transport.close()
+
+    def writable(self, yes: bool) -> None:
+        """Nothing is written any more."""
+
+    def lost(self) -> None:
+        """Nothing to tidy."""
+
+    def expired(self) -> None:
+        """Long enough."""
+        self._connection.abort()
+
+
+class Gone:
+    """After the transport's last word: whatever a late callback says is ignored."""
+
+    __slots__ = ()
+
+    def received(self, data: bytes) -> None:
+        """Ignored."""
+
+    def ended(self) -> None:
+        """Ignored."""
+
+    def writable(self, yes: bool) -> None:
+        """Ignored."""
+
+    def lost(self) -> None:
+        """Ignored."""
+
+    def expired(self) -> None:
+        """Ignored."""
+
+
+def _admit(connection: Connection, accepted: Accepted) -> None:
+    guard, peer, facts, listener = connection.guard, accepted.peer, accepted.facts, connection.listener
+    # The snapshot may have changed while the handshake ran (ztunnel#1986): judge by the one in force now.
+    site = guard.snapshot.sites[listener.name].pick(facts.server_name)
+    failure = Failure(Reason.ENDED_POLICY) if site is None else site.objection(peer, guard.now)
+    presented = () if peer is None else peer.path
+    if site is None or (failure is not None and failure.reason is not Reason.ENDED_POLICY):
+        assert failure is not None
+        _refuse(connection, Refused((failure,), presented, accepted.channel, facts))
+        return
+    connection.site, connection.facts = site, facts
+    connection.peer, connection.who = peer, None if peer is None else str(peer.identity)
+    if (failure := connection.admit_identity()) is not None:
+        connection.limited(failure)
+        return
+    shown: dict[str, Any] = {"version": facts.version, "cipher": facts.cipher, "group": facts.group}
+    shown["ms"] = round((monotonic() - connection.opened) * 1000, 1)
+    if peer is not None:
+        serial = serial_text(peer.leaf.serial_number)
+        shown = {"authority": peer.identity.authority, "serial": serial} | shown
+    if listener.http:
+        guard.metrics.handshake("accepted", "", monotonic() - connection.opened, listener.name)
+        connection.event("connection", {"decision": "accept"} | shown)
+        connection.begin(HttpSession(connection, Door(connection, site, peer, facts), accepted.channel))
+        return
+    if guard.log.broken:
+        _refuse(connection, Refused((Failure(Reason.GUARD_LOG_FAILED),), presented, accepted.channel, facts))
+        return
+    tunnel = Tunnel(connection, accepted.channel)
+    decision = tunnel.decide()
+    rule = None if decision.rule is None else str(decision.rule)
+    if not decision.allowed:
+        failure = Failure(decision.reason, {"who": connection.who, "rule": rule})
+        _denied(connection, failure, {"rule": rule} | shown)
+        accepted.channel.close()
+        connection.transport.write(accepted.channel.take())
+        connection.linger()
+        return
+    guard.metrics.handshake("accepted", "", monotonic() - connection.opened, listener.name)
+    connection.event("connection", {"decision": "allow", "rule": rule, "reason": decision.reason.code} | shown)
+    connection.begin(tunnel)
+
+
+def _refuse(connection: Connection, refused: Refused) -> None:
+    first = refused.failures[0]
+    shown: dict[str, Any] = {}
+    if refused.presented:
+        leaf = refused.presented[0]
+        shown = {"presented": label(leaf), "serial": serial_text(leaf.serial_number)}
+    also = [failure.reason.code for failure in refused.failures[1:]] or None
+    _denied(connection, first, {"also": also} | shown)
+    if refused.channel is not None and connection.listener.http and refused.facts is not None:
+        refusing = Refusing(connection, refused.channel, first.reason)
+        connection.become(refusing)
+        connection.set_deadline(connection.limits.head)
+        refusing.read()
+        return
+    if refused.channel is not None:
+        refused.channel.close()
+        connection.transport.write(refused.channel.take())
+    connection.linger()
+
+
+def _denied(connection: Connection, failure: Failure, more: dict[str, Any] | None = None) -> None:
+    """Log and count a client that does not come in."""
+    took = monotonic() - connection.opened
+    connection.guard.metrics.handshake("refused", failure.reason.code, took, connection.listener.name)
+    connection.event("connection", {"decision": "deny"} | told(failure) | (more or {}))

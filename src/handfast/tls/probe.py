@@ -1,0 +1,205 @@
+"""A client that looks for holes: it verifies nothing, offers what it is told, and reports how it was refused.
+
+Over memory, like all handshakes here: the caller moves the records and so may keep, change or repeat them. It must
+never be used to reach a server that is trusted for anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, ed25519, rsa
+from OpenSSL import SSL
+
+from handfast.errors import Reason
+from handfast.tls.client import ServerFacts
+from handfast.tls.reasons import handshake_failure
+
+ProbeKey = (
+    rsa.RSAPrivateKey
+    | ec.EllipticCurvePrivateKey
+    | ed25519.Ed25519PrivateKey
+    | ed448.Ed448PrivateKey
+    | dsa.DSAPrivateKey
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a probe brings. `presented`: DER certificates, leaf first, with their `key`.
+
+    `tls12`: no newer version. The key must fit the leaf, or OpenSSL will not go on.
+    """
+
+    server_name: str | None
+    presented: Sequence[bytes] | None = None
+    key: ProbeKey | None = None
+    tls12: bool = False
+    alpn: tuple[str, ...] = ()
+    session: Session | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What a finished connection left to be resumed."""
+
+    _engine: SSL.Session
+
+
+class ProbeRefused(Exception):
+    """The other side, or the engine, would not go on. `alert` is the alert's name in the RFCs, '' without one."""
+
+    def __init__(self, detail: str, alert: str = "") -> None:
+        self.alert = alert
+        super().__init__(detail)
+
+
+class Probe:
+    """One connection as a client. `feed` what the network brought and send what `take` returns, until `done`."""
+
+    def __init__(self, offer: Offer) -> None:
+        self._connection = SSL.Connection(_context(offer), None)
+        if offer.server_name is not None:
+            self._connection.set_tlsext_host_name(offer.server_name.encode("ascii"))
+        if offer.session is not None:
+            self._connection.set_session(offer.session._engine)
+        self._connection.set_connect_state()
+        self.done = False  # the handshake, as far as a client can tell: in TLS 1.3 it may yet be refused
+
+    def feed(self, records: bytes) -> None:
+        """Go on with the handshake (b'' to begin). Raises ProbeRefused."""
+        if records:
+            self._connection.bio_write(records)
+        if self.done:
+            return
+        try:
+            self._connection.do_handshake()
+            self.done = True
+        except SSL.WantReadError:
+            return
+        except SSL.Error as error:
+            raise _refused(error) from None
+
+    def take(self) -> bytes:
+        """Return the records that wait to be sent."""
+        pieces = []
+        try:
+            while True:
+                pieces.append(self._connection.bio_read(1 << 16))
+        except SSL.WantReadError:
+            return b"".join(pieces)
+
+    def write(self, plain: bytes) -> None:
+        """Encrypt; `take` has the records. Raises ProbeRefused."""
+        try:
+            while plain:
+                plain = plain[self._connection.send(plain) :]
+        except SSL.WantReadError:
+            return
+        except SSL.Error as error:
+            raise _refused(error) from None
+
+    def read(self) -> bytes | None:
+        """Return the next plain bytes: b'' when more records are needed, None at the end. Raises ProbeRefused."""
+        try:
+            return self._connection.recv(1 << 16)
+        except SSL.WantReadError:
+            return b""
+        except SSL.ZeroReturnError:
+            return None
+        except SSL.Error as error:
+            raise _refused(error) from None
+
+    def renegotiate(self) -> None:
+        """Begin a new handshake on the same connection (TLS 1.2). `again` goes on with it. Raises ProbeRefused."""
+        self._connection.renegotiate()
+        self._renew()
+
+    def again(self, records: bytes) -> None:
+        """Go on with a renegotiation; `renegotiated` says whether it is done. Raises ProbeRefused."""
+        self._connection.bio_write(records)
+        self._renew()
+
+    @property
+    def renegotiated(self) -> bool:
+        """Whether a new handshake was asked for and is finished."""
+        return self._connection.total_renegotiations() > 0 and not self._connection.renegotiate_pending()
+
+    def _renew(self) -> None:
+        try:
+            self._connection.do_handshake()
+        except SSL.WantReadError:
+            return
+        except SSL.Error as error:
+            raise _refused(error) from None
+
+    @property
+    def session(self) -> Session | None:
+        """What may be resumed; in TLS 1.3 once a ticket has been read."""
+        engine = self._connection.get_session()
+        return None if engine is None else Session(engine)
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the server resumed the session that was offered."""
+        return bool(SSL._lib.SSL_session_reused(self._connection._ssl))  # type: ignore[attr-defined]  # no public name
+
+    @property
+    def facts(self) -> ServerFacts:
+        """What the server showed. Certificates that no library reads are left out."""
+        connection = self._connection
+        try:
+            chain: Sequence[x509.Certificate] = connection.get_peer_cert_chain(as_cryptography=True) or ()
+        except ValueError:
+            chain = ()
+        authorities = connection.get_client_ca_list(as_cryptography=True)
+        return ServerFacts(
+            chain=tuple(chain),
+            version=connection.get_protocol_version_name(),
+            cipher=connection.get_cipher_name() or "",
+            group=connection.get_group_name() or "",
+            accepted_authorities=tuple(name.rfc4514_string() for name in authorities),
+        )
+
+    @property
+    def accepted_authorities(self) -> tuple[x509.Name, ...]:
+        """The names in the server's CertificateRequest, as names."""
+        return tuple(self._connection.get_client_ca_list(as_cryptography=True))
+
+    @property
+    def alpn(self) -> str:
+        """The application protocol that was agreed on; '' without."""
+        return self._connection.get_alpn_proto_negotiated().decode("ascii", "replace")
+
+
+def _context(offer: Offer) -> SSL.Context:
+    context = SSL.Context(SSL.TLS_CLIENT_METHOD)
+    context.set_min_proto_version(SSL.TLS1_2_VERSION)
+    if offer.tls12:
+        context.set_max_proto_version(SSL.TLS1_2_VERSION)
+    context.set_verify(SSL.VERIFY_NONE)
+    # Level 0: weak certificates of ours shall be refused by the other side, not by our engine.
+    context.set_cipher_list(b"ALL:@SECLEVEL=0")
+    if offer.alpn:
+        context.set_alpn_protos([protocol.encode("ascii") for protocol in offer.alpn])
+    if offer.presented:
+        if offer.key is None:
+            raise ProbeRefused("a certificate without a key cannot be presented by this engine")
+        try:
+            context.use_certificate(x509.load_der_x509_certificate(offer.presented[0]))
+            for certificate in offer.presented[1:]:
+                context.add_extra_chain_cert(x509.load_der_x509_certificate(certificate))
+            context.use_privatekey(offer.key)
+        except (SSL.Error, ValueError, TypeError) as error:
+            raise ProbeRefused(f"our engine does not take the certificate ({str(error)[:120]})") from None
+    return context
+
+
+def _refused(error: SSL.Error) -> ProbeRefused:
+    failure = handshake_failure(error)
+    if failure.reason is Reason.TLS_CLOSED:
+        return ProbeRefused("the connection was cut")
+    alert = str(failure.facts["alert"]) if failure.reason is Reason.TLS_ALERT else ""
+    return ProbeRefused(f"the alert {alert}" if alert else failure.message, alert)

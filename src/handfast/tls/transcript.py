@@ -1,0 +1,182 @@
+"""Handshakes that are watched: the engine's decrypted messages, and its key log, as values.
+
+OpenSSL tells a callback of every message it sends or takes, in the clear (SSL_CTX_set_msg_callback). pyOpenSSL
+offers no such call, so its raw binding is used here; tests/tls/test_transcript.py holds that. Secrets stay in
+`keylog`, which nothing prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from OpenSSL import SSL
+
+from handfast.errors import InvalidInput, Reason
+from handfast.tls.credential import Credential
+from handfast.tls.reasons import handshake_failure
+from handfast.tls.server import Accepted, Channel, Refused, ServerContext, TlsBroken, write_whole
+from handfast.wire.records import MAX_HANDSHAKE, ContentType, Event, Side
+
+MAX_EVENTS = 2000  # of one connection that are kept
+
+# See the note in server.py on these names, which are private to pyOpenSSL.
+_lib, _ffi = SSL._lib, SSL._ffi  # type: ignore[attr-defined]  # see above
+_HEADER, _INNER_TYPE = 256, 257  # SSL3_RT_HEADER, SSL3_RT_INNER_CONTENT_TYPE
+_SIGNATURE = "void(int, int, int, const void *, size_t, SSL *, void *)"
+_MESSAGES = (ContentType.CHANGE_CIPHER_SPEC, ContentType.ALERT, ContentType.HANDSHAKE)
+
+Clock = Callable[[], float]
+
+
+class Recorder:
+    """Notes what one connection says, as the engine on `side` sees it. `clock`: seconds from its beginning.
+
+    `full`: the connection said more than is kept (MAX_HANDSHAKE, MAX_EVENTS); what came later is not noted.
+    """
+
+    def __init__(self, side: Side, clock: Clock) -> None:
+        self.events: list[Event] = []
+        self.keylog: list[bytes] = []  # lines in NSS's key log format, which open the recording
+        self.full = False
+        self._side = side
+        self._clock = clock
+        self._size = 0
+        self._version = SSL.TLS1_2_VERSION  # of the last handshake message
+        self._header = dict.fromkeys(Side, b"")  # of the record that is under way
+        self._ciphered: set[Side] = set()  # who has changed to the new keys, before TLS 1.3
+        self._callback = _ffi.callback(_SIGNATURE, self._on_message)  # lives as long as the context may call it
+
+    def watch(self, context: SSL.Context) -> None:
+        """Note what the next connection of `context` says. Each context serves one watched connection."""
+        _lib.SSL_CTX_set_msg_callback(context._context, self._callback)
+        context.set_keylog_callback(self._on_secret)
+
+    def _on_secret(self, _connection: SSL.Connection, line: bytes) -> None:
+        if len(self.keylog) < 64:
+            self.keylog.append(bytes(line))
+
+    def _on_message(self, sent: int, version: int, kind: int, data: Any, size: int, _ssl: Any, _argument: Any) -> None:
+        """OpenSSL sent or took something. What this raised would be printed, so it raises nothing."""
+        sender = self._side if sent else self._side.other
+        if kind == _HEADER:
+            self._header[sender] = bytes(_ffi.buffer(data, min(size, 5)))
+            old = self._version < SSL.TLS1_3_VERSION  # TLS 1.3 tells the inner type, and its headers say 1.2
+            if self._header[sender][:1] == b"\x17" and old:
+                self._note_data(sender)
+        elif kind == _INNER_TYPE:
+            if _ffi.buffer(data, 1)[0] == b"\x17":
+                self._note_data(sender)
+        elif kind in _MESSAGES:
+            self._note(sender, version, kind, size, data)
+
+    def _note(self, sender: Side, version: int, kind: int, size: int, data: Any) -> None:
+        header = self._header[sender]
+        encrypted = header[:1] == b"\x17" or (sender in self._ciphered and version < SSL.TLS1_3_VERSION)
+        if kind == ContentType.CHANGE_CIPHER_SPEC:
+            self._ciphered.add(sender)
+            encrypted = False
+        if kind == ContentType.HANDSHAKE:
+            self._version = version
+        self._size += size
+        if self._size > MAX_HANDSHAKE or len(self.events) >= MAX_EVENTS:
+            self.full = True
+            return
+        self.events.append(Event(self._clock(), sender, kind, bytes(_ffi.buffer(data, size)), encrypted, size))
+
+    def _note_data(self, sender: Side) -> None:
+        if len(self.events) >= MAX_EVENTS:
+            self.full = True
+            return
+        size = int.from_bytes(self._header[sender][3:5], "big")
+        self.events.append(Event(self._clock(), sender, ContentType.APPLICATION_DATA, b"", True, size))
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a watched client offers. `alpn`: application protocols, in its order.
+
+    `only_tls12`: it offers nothing newer. `small`: no post-quantum key share, so that its hello fits one packet.
+    """
+
+    server_name: str = ""
+    credential: Credential | None = field(default=None, repr=False)
+    alpn: tuple[str, ...] = ()
+    only_tls12: bool = False
+    small: bool = False
+
+
+class WatchedClient:
+    """A client's handshake over memory that verifies nothing and is watched; the caller judges what it saw."""
+
+    def __init__(self, offer: Offer, clock: Clock) -> None:
+        self.recorder = Recorder(Side.CLIENT, clock)
+        context = SSL.Context(SSL.TLS_CLIENT_METHOD)
+        context.set_min_proto_version(SSL.TLS1_2_VERSION)
+        if offer.only_tls12:
+            context.set_max_proto_version(SSL.TLS1_2_VERSION)
+        context.set_verify(SSL.VERIFY_NONE)
+        write_whole(context)
+        if offer.credential is not None:
+            offer.credential.configure(context)
+        if offer.alpn:
+            context.set_alpn_protos([protocol.encode("latin-1") for protocol in offer.alpn])
+        if offer.small:
+            _lib.SSL_CTX_set1_curves_list(context._context, b"X25519:P-256:P-384")
+        self.recorder.watch(context)
+        self._connection = SSL.Connection(context, None)
+        if offer.server_name:
+            try:
+                self._connection.set_tlsext_host_name(offer.server_name.encode("idna"))
+            except UnicodeError:
+                raise InvalidInput(Reason.INPUT_NAME, value=offer.server_name, detail="it is no host") from None
+        self._connection.set_connect_state()
+
+    def feed(self, records: bytes) -> Channel | None:
+        """Go on with what the network brought (b'' to begin); None while more is needed. Raises TlsBroken."""
+        if records:
+            self._connection.bio_write(records)
+        try:
+            self._connection.do_handshake()
+        except SSL.WantReadError:
+            return None
+        except SSL.Error as error:
+            raise TlsBroken(handshake_failure(error)) from None
+        return Channel(self._connection)
+
+    def take(self) -> bytes:
+        """Return the records that wait to be sent."""
+        pieces = []
+        try:
+            while piece := self._connection.bio_read(1 << 16):
+                pieces.append(piece)
+        except SSL.WantReadError:
+            pass
+        return b"".join(pieces)
+
+    @property
+    def protocol(self) -> str:
+        """The application protocol that was settled; '' if none was."""
+        return self._connection.get_alpn_proto_negotiated().decode("latin-1")
+
+
+class WatchedServer:
+    """A server's handshake over memory, judged as a guard judges it, and watched.
+
+    The context serves this one connection and no other after it.
+    """
+
+    def __init__(self, context: ServerContext, clock: Clock) -> None:
+        self.recorder = Recorder(Side.SERVER, clock)
+        self.recorder.watch(context._context)
+        self._handshake = context.accept(lambda: datetime.now(UTC))
+
+    def feed(self, records: bytes) -> Accepted | Refused | None:
+        """Go on with what the network brought; None while more is needed."""
+        return self._handshake.feed(records)
+
+    def take(self) -> bytes:
+        """Return the records that wait to be sent."""
+        return self._handshake.take()
