@@ -222,7 +222,7 @@ class Server:
         plain.settimeout(20)
         with plain:
             try:
-                with self._context.wrap_socket(plain, server_side=True) as tls:
+                with self._context.wrap_socket(plain, server_side=True, suppress_ragged_eofs=False) as tls:
                     shown = tls.getpeercert()
                     assert shown is not None
                     self.peers.append(int(str(shown["serialNumber"]), 16))

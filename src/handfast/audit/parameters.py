@@ -48,10 +48,13 @@ WEAK_SUITES = {
 }
 # Curves under 112 bits of strength (NIST SP 800-57 part 1, table 2).
 _WEAK_GROUPS = (0x0001, 0x0002, 0x0003, 0x0004, 0x0005, 0x000F, 0x0010, 0x0011, 0x0012, 0x0013)
+_CERTIFICATE_CURVES = (0x0017, 0x0018, 0x0019)
+_ECDHE_SUITES = (*GOOD_SUITES_12, 0xC009, 0xC00A, 0xC013, 0xC014)
 _DHE_SUITES = (0x009E, 0x009F, 0x0033, 0x0039, 0x0067, 0x006B)
 _OLD_SUITES = (*GOOD_SUITES_12, 0xC009, 0xC00A, 0xC013, 0xC014, 0x002F, 0x0035, 0x000A, 0x0005)
 _LEAST_DH = 2048  # bits, NIST SP 800-52r2 3.3.1
 _DEFLATE = 1
+_NAMED_CURVE = 3
 
 _CIPHERS = Remedies(
     handfast="nothing to do: TLS 1.3, and with --tls12 only ECDHE with AES-GCM or ChaCha20",
@@ -85,20 +88,32 @@ def _weak_suites(audit: Audit) -> Outcome:
 
 
 def _weak_groups(audit: Audit) -> Outcome:
-    curves = _hello(audit, groups=_WEAK_GROUPS, suites=(*GOOD_SUITES_12, 0xC009, 0xC00A, 0xC013, 0xC014))
-    tries = [
-        _not_chosen(audit, curves, "a ClientHello with curves under 224 bits alone", "the server takes a weak curve")
-    ]
+    return worst([_weak_curves(audit, ()), _weak_curves(audit, _CERTIFICATE_CURVES), _weak_prime(audit)])
+
+
+def _weak_curves(audit: Audit, others: tuple[int, ...]) -> Outcome:
+    """Weak curves alone, or before `others`: without its certificate's curve a server can use no ECDSA certificate."""
+    said = "a ClientHello with curves under 224 bits " + ("first" if others else "alone")
+    answer = _ask(audit, _hello(audit, groups=(*_WEAK_GROUPS, *others), suites=_ECDHE_SUITES))
+    curve = _curve(answer)
+    if curve is None:
+        return _refusal(answer, said, None)
+    evidence = Evidence.of(said, f"{answer}; curve {curve:#06x}")
+    if curve in _WEAK_GROUPS:
+        return failed(f"the server takes a weak curve ({curve:#06x})", evidence)
+    return passed("the server took none of the weak curves", evidence)
+
+
+def _weak_prime(audit: Audit) -> Outcome:
+    said = "a ClientHello with finite-field Diffie-Hellman alone"
     answer = _ask(audit, _hello(audit, suites=_DHE_SUITES))
     bits = _dh_bits(answer)
-    evidence = Evidence.of("a ClientHello with finite-field Diffie-Hellman alone", f"{answer}; {bits} bits")
     if bits is None:
-        tries.append(_refusal(answer, "a ClientHello with finite-field Diffie-Hellman alone", None))
-    elif bits < _LEAST_DH:
-        tries.append(failed(f"the server uses Diffie-Hellman of {bits} bits", evidence))
-    else:
-        tries.append(passed(f"Diffie-Hellman has {bits} bits", evidence))
-    return worst(tries)
+        return _refusal(answer, said, None)
+    evidence = Evidence.of(said, f"{answer}; {bits} bits")
+    if bits < _LEAST_DH:
+        return failed(f"the server uses Diffie-Hellman of {bits} bits", evidence)
+    return passed(f"Diffie-Hellman has {bits} bits", evidence)
 
 
 def _compression(audit: Audit) -> Outcome:
@@ -181,6 +196,14 @@ def _refusal(answer: Answer, said: str, instead: Outcome | None) -> Outcome:
     if answer.end is End.SILENT:
         return unclear("the server did not answer", evidence)
     return unclear("the answer is not one to the question", evidence)
+
+
+def _curve(answer: Answer) -> int | None:
+    """The named curve in a ServerKeyExchange for ECDHE (RFC 8422 5.4)."""
+    if answer.choice is None or answer.choice.suite not in _ECDHE_SUITES:
+        return None
+    body = next((body for kind, body in answer.messages if kind == SERVER_KEY_EXCHANGE), b"")
+    return int.from_bytes(body[1:3], "big") if len(body) > 3 and body[0] == _NAMED_CURVE else None
 
 
 def _dh_bits(answer: Answer) -> int | None:

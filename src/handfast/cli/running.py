@@ -30,7 +30,7 @@ from handfast.guard.assembly import Assembly
 from handfast.guard.connection import Listener
 from handfast.guard.events import EventLog, told
 from handfast.guard.health import HealthChecks
-from handfast.guard.metrics import State
+from handfast.guard.metrics import Metrics, State
 from handfast.guard.places import Place, parse_place
 from handfast.guard.routes import Snapshot
 from handfast.guard.sandbox import confine, drop_privileges, forbid_core_dumps, runtime_paths
@@ -149,7 +149,8 @@ class _Process:
     def __init__(self, serving: Serving, log: EventLog) -> None:
         self._serving = serving
         self._log = log
-        self._guard = Guard(serving.snapshot, log, drain=serving.drain, refresh=self._refresh)
+        metrics = Metrics(0 if serving.worker is None else serving.worker.index)
+        self._guard = Guard(serving.snapshot, log, drain=serving.drain, refresh=self._refresh, metrics=metrics)
         self._stop = asyncio.Event()
         self._connections_at_stop = 0
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them weakly
@@ -390,7 +391,7 @@ def _confine(config: Config, assembly: Assembly) -> None:
     read = {path.parent for path in assembly.files()} | {path.resolve().parent for path in assembly.files()}
     write = [] if config.state is None else [config.state]
     execute = [Path(sys.executable), Path(sys.executable).resolve(), Path("/lib64"), Path("/lib"), Path("/usr/lib")]
-    confine([*read, *runtime_paths()], write, execute)
+    confine([*read, *runtime_paths(), Path("/proc")], write, execute)  # /proc: for the metrics of this process
 
 
 def _log_lock() -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from handfast.explain.model import Added, Check, Explanation, Link, Step, Sure, Verdict, Who
+from handfast.explain.model import Check, Explanation, Link, Step, Sure, Verdict, Who
 from handfast.wire.records import Side
 
 WIDTH = 80
@@ -23,7 +23,7 @@ _MARKS = {True: ("ok", "green"), False: ("NO", "red"), None: ("--", "yellow")}
 def draw(explanation: Explanation, *, colour: bool = False) -> str:
     """Return the whole explanation as text, every line of which has at most 80 columns."""
     pen = _Pen(colour)
-    lines = [*_head(explanation), "", *_diagram(explanation, pen), "", *_added(explanation.added, pen)]
+    lines = [*_head(explanation), "", *_diagram(explanation, pen), "", *_added(explanation, pen)]
     lines += ["", *_verdict(explanation.verdict, pen)]
     return "\n".join(line.rstrip() for line in lines)
 
@@ -105,7 +105,11 @@ def _check(check: Check, inner: str, width: int) -> Iterator[tuple[str, tuple[st
         yield line, (colour,)
 
 
-def _added(added: Added, pen: _Pen) -> Iterator[str]:
+def _added(explanation: Explanation, pen: _Pen) -> Iterator[str]:
+    added = explanation.added
+    if explanation.sealed:
+        yield "What mutual TLS added cannot be seen: it is encrypted."
+        return
     if not added.messages:
         yield "Mutual TLS added nothing here: no client certificate was asked for."
         return

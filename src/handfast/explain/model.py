@@ -174,3 +174,4 @@ class Explanation:
     version: str = ""
     suite: str = ""
     group: str = ""
+    sealed: bool = False  # most of it stayed encrypted

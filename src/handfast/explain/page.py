@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
-from handfast.explain.model import Added, Check, Explanation, Link, Step, Sure, Verdict, Who
+from handfast.explain.model import Check, Explanation, Link, Step, Sure, Verdict, Who
 from handfast.wire.records import Side
 
 # In units of the drawing, which scales with the page.
-_WIDTH, _LEFT, _RIGHT, _ROW, _TOP = 480, 64, 464, 40, 44
+_WIDTH, _LEFT, _RIGHT, _ROW, _TOP = 400, 52, 388, 40, 44
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _STYLE = """
@@ -65,7 +65,7 @@ def render_page(explanation: Explanation) -> str:
         f'<p class="soft">{recording.began:%Y-%m-%d %H:%M:%S} UTC, seen from {seen}. {escape(settled)}</p>\n'
         f"{_verdict(explanation.verdict)}<h2>What was said</h2>\n{_diagram(explanation)}"
         '<p class="soft">Blue, with a plus: what mutual TLS adds. Dashed: encrypted on the way.</p>\n'
-        f"<h2>Each message</h2>\n{steps}{_added(explanation.added)}</body>\n</html>\n"
+        f"<h2>Each message</h2>\n{steps}{_added(explanation)}</body>\n</html>\n"
     )
 
 
@@ -120,12 +120,13 @@ def _short(name: str) -> str:
 def _step(at: int, step: Step) -> str:
     kind = "bad" if step.bad else "mutual" if step.mutual else ""
     sealed = ", encrypted" if step.encrypted else ""
+    size = f"{step.size:,} byte{'s' * (step.size != 1)}"
     facts = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in step.facts)
     chain = "".join(_link(link) for link in step.chain)
     opened = " open" if step.bad or any(check.good is False for link in step.chain for check in link.checks) else ""
     return (
         f'<details id="step-{at}"{opened}><summary><span class="{kind}">{"+ " if step.mutual else ""}'
-        f'{escape(step.name)}</span> <span class="soft">from the {step.sender}, {step.size:,} bytes{sealed},'
+        f'{escape(step.name)}</span> <span class="soft">from the {step.sender}, {size}{sealed},'
         f" at {step.at:.1f} ms</span></summary><p>{escape(step.purpose)}</p>"
         f"{f'<dl>{facts}</dl>' if facts else ''}{chain}</details>\n"
     )
@@ -155,7 +156,10 @@ def _check(check: Check) -> str:
     return f'<li><span class="{kind}">{mark} {escape(check.what)}</span>: {escape(check.text)}</li>'
 
 
-def _added(added: Added) -> str:
+def _added(explanation: Explanation) -> str:
+    added = explanation.added
+    if explanation.sealed:
+        return "<h2>What mutual TLS added</h2><p>It cannot be seen: it is encrypted.</p>\n"
     if not added.messages:
         return "<h2>What mutual TLS added</h2><p>Nothing: no client certificate was asked for.</p>\n"
     share = f" ({added.size * 100 // added.total} % of {added.total:,})" if added.total else ""

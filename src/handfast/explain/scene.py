@@ -47,6 +47,11 @@ class Scene:
         return self.answer is not None and self.answer.version >= m.TLS_1_3
 
     @property
+    def sealed(self) -> bool:
+        """Whether it is a recording of TLS 1.3 whose encrypted part stayed closed."""
+        return self.new and self.us is None and Side.SERVER not in self.finished
+
+    @property
     def place(self) -> str:
         """The server's address."""
         return self.recording.place
@@ -95,7 +100,7 @@ def scene_of(recording: Recording, known: Known) -> Scene:
                 shown.setdefault(event.sender, message)
             case m.CertificateVerify():
                 proved.add(event.sender)
-            case m.Finished():
+            case m.Finished() | m.Sealed(handshake=True):
                 finished.add(event.sender)
             case m.AlertMessage() if message.fatal:
                 alerts.append((event.sender, message))

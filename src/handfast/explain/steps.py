@@ -267,6 +267,10 @@ def _others(message: m.Message, who: str, settled: Settled) -> tuple[str, str, F
         case m.CompressedCertificate(unpacked=unpacked):
             text = f"The {who}'s certificates, compressed (RFC 8879)."
             return "CompressedCertificate", text, (("unpacked", f"{unpacked} bytes"),)
+        case m.Sealed(handshake=True):
+            return "encrypted message", f"In TLS 1.2, what comes here is the {who}'s Finished.", ()
+        case m.Sealed():
+            return "encrypted alert", "An alert, which only the key log opens.", ()
         case m.Bare(name=name):
             return name, _BARE.get(name, "A message that is not known here."), ()
         case m.Unreadable(name=name, detail=detail):

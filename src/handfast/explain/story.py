@@ -30,6 +30,7 @@ def explain(recording: Recording, known: Known, bundle: TrustBundle | None = Non
             terms = Terms(bundle, Purpose.SERVER, expected_name(known.server_name))
             known = replace(known, peer_faults=faults(chain, terms, known.now))
     steps, settled = steps_of(recording, known)
+    sealed = scene_of(recording, known).sealed
     return Explanation(
         recording=recording,
         steps=steps,
@@ -38,6 +39,7 @@ def explain(recording: Recording, known: Known, bundle: TrustBundle | None = Non
         version=registry.name_of(registry.VERSIONS, settled.version) if settled.version else "",
         suite=registry.name_of(registry.SUITES, settled.suite) if settled.version else "",
         group=settled.group,
+        sealed=sealed,
     )
 
 

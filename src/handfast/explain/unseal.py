@@ -53,7 +53,6 @@ def read_stream(stream: Stream, secrets: Secrets) -> Recording:
     for chunk in stream.chunks:
         for record in book.sides[chunk.sender].reader.feed(chunk.data):
             book.take(chunk.at, chunk.sender, record)
-    done = [event.at for event in book.events if event.sender is Side.CLIENT and event.data[:1] == b"\x14"]
     return Recording(
         place=stream.place,
         began=moment(stream.began),
@@ -61,7 +60,7 @@ def read_stream(stream: Stream, secrets: Secrets) -> Recording:
         events=tuple(book.events),
         chunks=tuple(stream.chunks),
         ending=stream.ending,
-        done=done[0] if done and book.sides[Side.SERVER].finished else None,
+        done=book.done,
         answer=bytes(book.answer),
     )
 
@@ -84,6 +83,7 @@ class _Book:
     def __init__(self, secrets: Secrets) -> None:
         self.events: list[Event] = []
         self.answer = bytearray()
+        self.done: float | None = None  # when both sides had finished
         self.sides = {side: _Direction() for side in Side}
         self._secrets = secrets
         self._randoms = dict.fromkeys(Side, b"")
@@ -102,7 +102,8 @@ class _Book:
             opened = None if side.opener is None else side.opener.open(record)
             if opened is None:
                 self.events.append(Event(at, sender, kind, b"", True, len(payload)))
-                side.finished = side.finished or kind == ContentType.HANDSHAKE
+                if kind == ContentType.HANDSHAKE:  # TLS 1.2, where nothing but Finished comes here
+                    self._finish(at, side)
                 return
             kind, payload = opened
         self._plain(at, sender, Event(at, sender, kind, payload, sealed, len(record.payload)))
@@ -113,7 +114,7 @@ class _Book:
             case ContentType.HANDSHAKE:
                 for data in side.joiner.feed(event.data):
                     self.events.append(Event(at, sender, event.kind, data, event.encrypted, len(data)))
-                    self._follow(sender, data)
+                    self._follow(at, sender, data)
             case ContentType.APPLICATION_DATA:
                 if sender is Side.SERVER and len(self.answer) < _MOST_ANSWER:
                     self.answer += event.data
@@ -124,7 +125,12 @@ class _Book:
             side.ciphered = True
             side.opener = self._opener_12(sender)
 
-    def _follow(self, sender: Side, data: bytes) -> None:
+    def _finish(self, at: float, side: _Direction) -> None:
+        side.finished = True
+        if self.done is None and all(one.finished for one in self.sides.values()):
+            self.done = at
+
+    def _follow(self, at: float, sender: Side, data: bytes) -> None:
         """What a message changes for those after it."""
         message, side = m.read_message(data, self._version or m.TLS_1_2, self._suite), self.sides[sender]
         match message:
@@ -137,7 +143,7 @@ class _Book:
                     for one in Side:
                         self._take_secret(one, b"HANDSHAKE_TRAFFIC_SECRET")
             case m.Finished():
-                side.finished = True
+                self._finish(at, side)
                 if self._version >= m.TLS_1_3:
                     self._take_secret(sender, b"TRAFFIC_SECRET_0")
             case m.KeyUpdate() if side.secret:

@@ -38,7 +38,7 @@ def judge(recording: Recording, known: Known) -> Verdict:
         if verdict is not None
     ]
     if not found:
-        return _broken(scene) or _unanswered(scene) or _silent_refusal(scene) or _worked(scene)
+        return _sealed(scene) or _broken(scene) or _unanswered(scene) or _silent_refusal(scene) or _worked(scene)
     first, *rest = found
     also = tuple(f"besides: {other.headline}" for other in rest if other.reason is not first.reason)
     return replace(first, also=first.also + also)
@@ -275,6 +275,19 @@ def _nginx_cause(scene: Scene) -> Cause:
 # No words at all.
 
 
+def _sealed(scene: Scene) -> Verdict | None:
+    """A recording of TLS 1.3 without its key log."""
+    if not scene.sealed:
+        return None
+    text = (
+        "TLS 1.3 encrypts all that follows ServerHello: the certificates, and a refusal too. What can be read shows"
+        " none. The key log of either side opens the rest; curl, browsers and others write one where the"
+        " environment variable SSLKEYLOGFILE tells them."
+    )
+    verdict = _verdict(None, "no refusal can be seen; the rest is encrypted", text, Who.NOBODY, "--keylog FILE")
+    return replace(verdict, worked=True, sure=Sure.POSSIBLE)
+
+
 def _broken(scene: Scene) -> Verdict | None:
     """What our own engine, as the client, could not take of the server."""
     broken = scene.recording.broken
@@ -343,9 +356,9 @@ def _closed_by_client(scene: Scene) -> str:
 def _last_of(scene: Scene, far: Side) -> str:
     """The last thing that happened, in a few words."""
     for side in (far, far.other):
-        names = [event for event in scene.recording.events if event.sender is side and event.kind == 22]
-        if names:
-            name = registry.MESSAGES.get(names[-1].data[0] if names[-1].data else 0, "a message")
+        said = [event for event in scene.recording.events if event.sender is side and event.kind == 22 and event.data]
+        if said:
+            name = registry.MESSAGES.get(said[-1].data[0], "message")
             return f"the {side}'s {name}"
     return "TCP had connected"
 
@@ -372,7 +385,7 @@ def _silent_refusal(scene: Scene) -> Verdict | None:
 
 def _worked(scene: Scene) -> Verdict:
     recording = scene.recording
-    if scene.us is None and (Side.SERVER not in scene.finished or Side.CLIENT not in scene.finished) and not scene.new:
+    if scene.us is None and recording.done is None:
         return _cut_recording(scene)
     both = scene.request is not None and bool(scene.ders(Side.CLIENT))
     said = f" HTTP answered {status}." if (status := _status(recording.answer)) else ""

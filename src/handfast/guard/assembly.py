@@ -342,7 +342,8 @@ def _upstreams(name: str, asked: UpstreamConfig, connect: float, feed: Feed | No
         retries=asked.retries,
         connect=connect,
         response=None if asked.response is None else asked.response.total_seconds(),
-        proxy=asked.proxy_protocol is ProxyProtocol.V2,
+        proxy=asked.proxy_protocol is not ProxyProtocol.OFF,
+        proxy_certificate=asked.proxy_protocol is ProxyProtocol.V2_CERT,
         health=asked.health,
     )
 

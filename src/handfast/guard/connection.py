@@ -157,7 +157,7 @@ class Connection(asyncio.Protocol):
         guard.connections.discard(self)
         guard.metrics.connection_closed(self.listener.name)
         if self._entered and self.gate is not None:
-            self.gate.leave(self.host, self._entered[1] if len(self._entered) > 1 else None)
+            self.gate.leave(self.host, self.counted_as)
         state, self._state, self._session = self._state, Gone(), None
         self._have(state.lost)
 
@@ -256,12 +256,12 @@ class Connection(asyncio.Protocol):
             server_name=facts.server_name,
             verified=leaf is not None,
             common_name=names[0].value if names else "",
-            certificate=b"" if peer is None else peer.leaf_der,
+            certificate=peer.leaf_der if peer is not None and upstreams.proxy_certificate else b"",
         )
         host, _, port = self.address.rpartition(":")
         here = self.transport.get_extra_info("sockname")
-        if not host or not isinstance(here, tuple):
-            return proxy_v2(None, tls)
+        if not host or not isinstance(here, tuple):  # over a UNIX socket; readers skip the TLVs of LOCAL
+            return proxy_v2(Endpoints(b"", b""), tls)
         return proxy_v2(Endpoints(Address(host.strip("[]"), int(port)), Address(here[0], here[1])), tls)
 
     def log_request(self, logged: Logged) -> None:
@@ -310,12 +310,18 @@ class Connection(asyncio.Protocol):
 
     def admit_identity(self) -> Failure | None:
         """Have the gate count the peer, once it is known."""
-        if self.gate is None or self.who is None:
+        if self.gate is None or self.peer is None:
             return None
-        failure = self.gate.admit_identity(self.who, monotonic())
+        key = f"{self.peer.identity.authority} {self.who}"  # the same name of two authorities is two identities
+        failure = self.gate.admit_identity(key, monotonic())
         if failure is None:
-            self._entered.append(self.who)
+            self._entered.append(key)
         return failure
+
+    @property
+    def counted_as(self) -> str | None:
+        """What the gate counts the peer as."""
+        return self._entered[1] if len(self._entered) > 1 else None
 
     def linger(self) -> None:
         """Say no more, and wait a moment for the peer to read what was said."""

@@ -72,7 +72,7 @@ class Door:
         if time() >= self._trusted_until:
             return Failure(Reason.ENDED_EXPIRED)
         if (gate := connection.gate) is not None:
-            failure = gate.admit_request(connection.who, connection.host, monotonic())
+            failure = gate.admit_request(connection.counted_as, connection.host, monotonic())
             if failure is not None:
                 return failure
         if connection.site is not self._site:  # a new snapshot reaches the next request

@@ -297,7 +297,7 @@ def _admit(connection: Connection, accepted: Accepted) -> None:
         serial = serial_text(peer.leaf.serial_number)
         shown = {"authority": peer.identity.authority, "serial": serial} | shown
     if listener.http:
-        guard.metrics.handshake("accepted", "", monotonic() - connection.opened, listener.name)
+        guard.metrics.handshake("accept", "", monotonic() - connection.opened, listener.name)
         connection.event("connection", {"decision": "accept"} | shown)
         connection.begin(HttpSession(connection, Door(connection, site, peer, facts), accepted.channel))
         return
@@ -314,7 +314,7 @@ def _admit(connection: Connection, accepted: Accepted) -> None:
         connection.transport.write(accepted.channel.take())
         connection.linger()
         return
-    guard.metrics.handshake("accepted", "", monotonic() - connection.opened, listener.name)
+    guard.metrics.handshake("accept", "", monotonic() - connection.opened, listener.name)
     connection.event("connection", {"decision": "allow", "rule": rule, "reason": decision.reason.code} | shown)
     connection.begin(tunnel)
 
@@ -342,5 +342,5 @@ def _refuse(connection: Connection, refused: Refused) -> None:
 def _denied(connection: Connection, failure: Failure, more: dict[str, Any] | None = None) -> None:
     """Log and count a client that does not come in."""
     took = monotonic() - connection.opened
-    connection.guard.metrics.handshake("refused", failure.reason.code, took, connection.listener.name)
+    connection.guard.metrics.handshake("deny", failure.reason.code, took, connection.listener.name)
     connection.event("connection", {"decision": "deny"} | told(failure) | (more or {}))

@@ -64,6 +64,7 @@ class Attempt:
         word, complete, _ = bytes(self._said).partition(b"\n")
         if complete and word == b"ready":
             os.close(self._pipe)
+            self.process.returncode = 0  # it outlives us, of which Popen would warn
             notify(MAINPID=self.process.pid)
             return Handed(self.process.pid)
         if complete:

@@ -22,7 +22,7 @@ from typing import Any
 
 from handfast.errors import Failure, Reason
 
-CAPACITY = 65536  # buckets in one table, some 16 MB when all are in use
+CAPACITY = 65536  # buckets in one table, some 11 MB when all are in use
 SHARED = 4096  # buckets for those who find the table full
 _LOOK = 4  # how many of the oldest a newcomer makes us look at: more than one, so that a table shrinks again
 _SLACK = 1e-6  # seconds; sums of fractions must not cost the last token of a burst

@@ -46,6 +46,9 @@ _ABSTRACT_SOCKETS, _SIGNALS = 1, 2
 _NOBODY = (1 << 32) - 1  # (uid_t) -1: "leave as it is", setresuid(2)
 _MISSING_FROM = {2: "moves between folders", 3: "truncation", 4: "tcp ports", 5: "device ioctls", 6: "signals"}
 
+# Not built in; switched off at boot; or a container's filter that answers so to calls it does not know.
+_NO_LANDLOCK = {errno.ENOSYS: "ENOSYS", errno.EOPNOTSUPP: "EOPNOTSUPP", errno.EPERM: "EPERM"}
+
 # What name look-up, time zones and the C library read, beside Python's own files.
 _SYSTEM = (
     *("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/gai.conf", "/etc/host.conf", "/etc/services"),
@@ -115,7 +118,7 @@ def end_with_parent(number: int) -> None:
 def runtime_paths() -> list[Path]:
     """What Python and the C library may read at any time: give them to `confine` beside the guard's own files."""
     python = {sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"), *filter(os.path.isabs, sys.path)}
-    return [path for path in map(Path, (*sorted(python), *_SYSTEM)) if path.exists()]
+    return [Path(path) for path in (*sorted(python), *_SYSTEM) if os.path.exists(path)]
 
 
 def confine(
@@ -135,7 +138,8 @@ def confine(
     ports that may be listened on or dialled; None leaves them free.
 
     What the kernel is too old for is left out and told; without Landlock nothing is confined and that is told: ask
-    for the sentence in the log. A path that does not exist is told and stays forbidden.
+    for the sentence in the log. A path that this user cannot reach is told and stays
+    forbidden.
 
     Landlock holds for the calling thread and what it starts, not for threads that run already: call it early.
     It holds for the programs started later as well, and cannot be taken back: with a hand-over, confine the
@@ -179,7 +183,7 @@ def _sentence(abi: int, missing: list[Path], *, ports: bool) -> str:
     if free:
         text += f"; this kernel cannot confine {', '.join(free)}"
     if missing:
-        text += f"; not there, so forbidden: {', '.join(map(str, missing))}"
+        text += f"; out of reach, so forbidden: {', '.join(map(str, missing))}"
     return text
 
 
@@ -191,10 +195,10 @@ def _create_ruleset(abi: int, files: int, net: int) -> int:
 
 
 def _allow_path(ruleset: int, path: Path, rights: int) -> bool:
-    """Add a rule; False when there is no such path."""
+    """Add a rule; False when there is no such path, or none that this user can reach."""
     try:
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return False
     except OSError as error:
         raise _not_confined(f"{path}: {os.strerror(error.errno or 0).lower()}") from None
@@ -214,10 +218,8 @@ def _landlock_abi() -> int | str:
     try:
         return min(_syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _ASK_VERSION), _NEWEST)
     except OSError as error:
-        if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):
-            return errno.errorcode[error.errno]
-        if error.errno == errno.EPERM:  # seccomp of older container runtimes answers so to calls they do not know
-            return "EPERM"
+        if error.errno in _NO_LANDLOCK:
+            return _NO_LANDLOCK[error.errno]
         raise _not_confined(os.strerror(error.errno or 0).lower()) from None
 
 

@@ -71,6 +71,7 @@ class ProxyProtocol(StrEnum):
 
     OFF = "off"
     V2 = "v2"
+    V2_CERT = "v2-cert"  # with the client's certificate, which makes the header large
 
 
 class LogStyle(StrEnum):

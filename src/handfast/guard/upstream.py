@@ -91,7 +91,8 @@ class Upstreams:
     """Backends that serve alike. They outlive snapshots, so that counts and health do.
 
     `handshake` begins TLS towards a backend, where its target asks for it. `retries`: how many other backends are
-    tried when one takes no connection. `proxy`: whether each connection begins with a PROXY header.
+    tried when one takes no connection. `proxy`: whether each connection begins with a PROXY header;
+    `proxy_certificate`: with the client's certificate in it, which small readers refuse.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Upstreams:
     connect: float = 5.0  # seconds
     response: float | None = None  # seconds; None: the listener's
     proxy: bool = False
+    proxy_certificate: bool = False
     health: HealthConfig | None = None
     _turn: int = field(default=0, repr=False)
 

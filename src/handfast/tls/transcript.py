@@ -25,8 +25,10 @@ MAX_EVENTS = 2000  # of one connection that are kept
 # See the note in server.py on these names, which are private to pyOpenSSL.
 _lib, _ffi = SSL._lib, SSL._ffi  # type: ignore[attr-defined]  # see above
 _HEADER, _INNER_TYPE = 256, 257  # SSL3_RT_HEADER, SSL3_RT_INNER_CONTENT_TYPE
-_SIGNATURE = "void(int, int, int, const void *, size_t, SSL *, void *)"
-_MESSAGES = (ContentType.CHANGE_CIPHER_SPEC, ContentType.ALERT, ContentType.HANDSHAKE)
+_ON_MESSAGE = "void (*)(int, int, int, const void *, size_t, SSL *, void *)"
+_ON_KEYLOG = "void (*)(const SSL *, const char *)"
+_MOST_SECRETS = 64  # a handshake has five, and each change of keys two
+_MESSAGES = (ContentType.ALERT, ContentType.HANDSHAKE)
 
 Clock = Callable[[], float]
 
@@ -47,51 +49,63 @@ class Recorder:
         self._version = SSL.TLS1_2_VERSION  # of the last handshake message
         self._header = dict.fromkeys(Side, b"")  # of the record that is under way
         self._ciphered: set[Side] = set()  # who has changed to the new keys, before TLS 1.3
-        self._callback = _ffi.callback(_SIGNATURE, self._on_message)  # lives as long as the context may call it
+        # They live as long as the context may call them.
+        self._on_message_callback = _ffi.callback(_ON_MESSAGE, self._on_message)
+        self._on_secret_callback = _ffi.callback(_ON_KEYLOG, self._on_secret)
 
     def watch(self, context: SSL.Context) -> None:
         """Note what the next connection of `context` says. Each context serves one watched connection."""
-        _lib.SSL_CTX_set_msg_callback(context._context, self._callback)
-        context.set_keylog_callback(self._on_secret)
+        # Not through pyOpenSSL's `set_keylog_callback`, which takes no context that was proved before.
+        _lib.SSL_CTX_set_msg_callback(context._context, self._on_message_callback)
+        _lib.SSL_CTX_set_keylog_callback(context._context, self._on_secret_callback)
 
-    def _on_secret(self, _connection: SSL.Connection, line: bytes) -> None:
-        if len(self.keylog) < 64:
-            self.keylog.append(bytes(line))
+    def _on_secret(self, _ssl: Any, line: Any) -> None:
+        if len(self.keylog) < _MOST_SECRETS:
+            self.keylog.append(bytes(_ffi.string(line, 1000)))
 
     def _on_message(self, sent: int, version: int, kind: int, data: Any, size: int, _ssl: Any, _argument: Any) -> None:
         """OpenSSL sent or took something. What this raised would be printed, so it raises nothing."""
         sender = self._side if sent else self._side.other
         if kind == _HEADER:
             self._header[sender] = bytes(_ffi.buffer(data, min(size, 5)))
-            old = self._version < SSL.TLS1_3_VERSION  # TLS 1.3 tells the inner type, and its headers say 1.2
-            if self._header[sender][:1] == b"\x17" and old:
-                self._note_data(sender)
+            self._on_header(sender)
         elif kind == _INNER_TYPE:
             if _ffi.buffer(data, 1)[0] == b"\x17":
                 self._note_data(sender)
         elif kind in _MESSAGES:
             self._note(sender, version, kind, size, data)
 
+    def _on_header(self, sender: Side) -> None:
+        """A record begins. Of two kinds OpenSSL tells nothing else: data before TLS 1.3, and a change of cipher
+        (of one that it took before TLS 1.3).
+        """
+        kind = self._header[sender][:1]
+        if kind == b"\x14":
+            self._ciphered.add(sender)
+            self._add(Event(self._clock(), sender, ContentType.CHANGE_CIPHER_SPEC, b"\1", False, 1))
+        elif kind == b"\x17" and self._version < SSL.TLS1_3_VERSION:  # TLS 1.3's headers are of 1.2's form
+            self._note_data(sender)
+
     def _note(self, sender: Side, version: int, kind: int, size: int, data: Any) -> None:
         header = self._header[sender]
         encrypted = header[:1] == b"\x17" or (sender in self._ciphered and version < SSL.TLS1_3_VERSION)
-        if kind == ContentType.CHANGE_CIPHER_SPEC:
-            self._ciphered.add(sender)
-            encrypted = False
         if kind == ContentType.HANDSHAKE:
             self._version = version
-        self._size += size
-        if self._size > MAX_HANDSHAKE or len(self.events) >= MAX_EVENTS:
+        if self._size + size <= MAX_HANDSHAKE:
+            self._size += size
+            self._add(Event(self._clock(), sender, kind, bytes(_ffi.buffer(data, size)), encrypted, size))
+        else:
             self.full = True
-            return
-        self.events.append(Event(self._clock(), sender, kind, bytes(_ffi.buffer(data, size)), encrypted, size))
+
+    def _add(self, event: Event) -> None:
+        if len(self.events) < MAX_EVENTS:
+            self.events.append(event)
+        else:
+            self.full = True
 
     def _note_data(self, sender: Side) -> None:
-        if len(self.events) >= MAX_EVENTS:
-            self.full = True
-            return
         size = int.from_bytes(self._header[sender][3:5], "big")
-        self.events.append(Event(self._clock(), sender, ContentType.APPLICATION_DATA, b"", True, size))
+        self._add(Event(self._clock(), sender, ContentType.APPLICATION_DATA, b"", True, size))
 
 
 @dataclass(frozen=True, slots=True)

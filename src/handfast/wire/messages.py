@@ -210,8 +210,16 @@ class ApplicationData:
 
 
 @dataclass(frozen=True, slots=True)
+class Sealed:
+    """A message that stayed encrypted: a handshake message or else an alert, as its record says (TLS 1.2)."""
+
+    size: int
+    handshake: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A message that does not parse, or that stayed encrypted; `name` says what it claims to be."""
+    """A message that does not parse; `name` says what it claims to be."""
 
     name: str
     detail: str
@@ -236,6 +244,7 @@ Message: TypeAlias = (
     | ChangeCipherSpec
     | AlertMessage
     | ApplicationData
+    | Sealed
     | Unreadable
 )
 
@@ -254,6 +263,8 @@ def read_events(events: tuple[Event, ...]) -> Iterator[tuple[Event, Message]]:
     for event in events:
         message: Message
         match event.kind:
+            case ContentType.HANDSHAKE | ContentType.ALERT if event.encrypted and not event.data:
+                message = Sealed(event.size, event.kind == ContentType.HANDSHAKE)
             case ContentType.HANDSHAKE:
                 message = read_message(event.data, version, suite)
             case ContentType.ALERT if len(event.data) == 2:
