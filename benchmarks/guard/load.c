@@ -13,6 +13,8 @@
 // grpc  a unary call over HTTP/2, one at a time on each connection.
 // idle  open the connections, one request on each; then hold them.
 // echo  no TLS: be the server that gives back what it gets.
+// sink  no TLS: be the HTTP server that takes uploads.
+// hello no TLS: be the HTTP/2 server that answers unary calls.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -29,7 +31,7 @@
 
 enum { SHAKING, PARKED, SENDING, RECEIVING };
 enum { HTTP, TCP, GRPC };
-enum { ROUND_TRIP = 64, OPENING = 64, SAMPLES = 8000000, CERTIFICATES = 100000, WINDOW = 65535 };
+enum { ROUND_TRIP = 64, OPENING = 64, SAMPLES = 8000000, CERTIFICATES = 100000, WINDOW = 65535, DESCRIPTORS = 65536 };
 // RFC 9113 6: the kinds of frames, and the flags and settings that matter here.
 enum { DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION };
 enum { ACK = 1, END_STREAM = 1, PADDED = 8, HAS_PRIORITY = 32, HEADER_TABLE_SIZE = 1 };
@@ -149,17 +151,16 @@ static void begin(Conn *c, double when) {
 
 static int http_answer(Conn *c, const char *data, long n) {
   if (c->left < 0) {
-    if (c->have + n >= (long)sizeof c->in) return -1;
-    memcpy(c->in + c->have, data, n);
-    c->have += n;
-    c->in[c->have] = 0;
+    long fits = sizeof c->in - 1 - c->have, size = n < fits ? n : fits;
+    memcpy(c->in + c->have, data, size);
+    c->in[c->have + size] = 0;
     char *end = strstr(c->in, "\r\n\r\n"), *length = strcasestr(c->in, "content-length:");
-    if (!end) return 0;
-    if (!length || length > end || strncmp(c->in + 9, "200", 3)) {
-      if (errors < 3) fprintf(stderr, "load: an answer of %.12s\n", c->in);
+    if (!end && size == n) return c->have += n, 0;
+    if (!end || !length || length > end || strncmp(c->in + 9, "200", 3)) {
+      if (errors < 3) fprintf(stderr, "load: an answer that is no 200 with a length: %.40s\n", c->in);
       return -1;
     }
-    c->left = atol(length + 15) - (c->have - (end + 4 - c->in));
+    c->left = atol(length + 15) - (c->have + n - (end + 4 - c->in));
     c->have = 0;
   } else {
     c->left -= n;
@@ -417,9 +418,88 @@ static void wait_for_line(void) {
   if (getchar() == EOF) exit(0);
 }
 
-// --- The echo -----------------------------------------------------------------------------------------------------
+// --- The servers ----------------------------------------------------------------------------------------------------
 
-static void echo(void) {
+static long owed[DESCRIPTORS]; // bytes of an upload that are still to come
+
+// An upload's sink. The head of a request has to come at once; a body without a length is not taken.
+static int sink(int fd, const char *data, long n) {
+  static const char answer[] = "HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\nhello world\n";
+  if (owed[fd] == 0) {
+    const char *end = memmem(data, n, "\r\n\r\n", 4), *length = strcasestr(data, "content-length:");
+    if (!end || !length || length > end) return 0;
+    owed[fd] = atol(length + 15) + (end + 4 - data);
+  }
+  owed[fd] -= n;
+  if (owed[fd] == 0) return write(fd, answer, sizeof answer - 1) > 0;
+  return owed[fd] > 0;
+}
+
+// A gRPC app with one answer. It reads no fields: whatever is asked, the answer is the same.
+typedef struct {
+  int greeted, have;
+  long window; // what may still be sent on the connection
+  unsigned char in[1 << 15];
+} Caller;
+
+static int put_frame(unsigned char *at, int kind, int flags, unsigned stream, const void *payload, int size) {
+  unsigned char head[9] = {0, size >> 8, size, kind, flags, stream >> 24, stream >> 16, stream >> 8, stream};
+  memcpy(at, head, 9);
+  memcpy(at + 9, payload, size);
+  return 9 + size;
+}
+
+static int grpc_app(Caller *caller, int fd, const char *data, long n) {
+  static unsigned char out[1 << 18];
+  static const char type[] = "\x88\x0f\x10\x10" "application/grpc", status[] = "\0\x0bgrpc-status\x01" "0";
+  static const char message[] = "\0\0\0\0\x0c\x0a\x0ahello you!";
+  int size = 0, at = 0;
+  if (caller->have + n > (long)sizeof caller->in) return 0;
+  memcpy(caller->in + caller->have, data, n);
+  caller->have += n;
+  if (!caller->greeted) {
+    if (caller->have < 24) return 1;
+    caller->greeted = 1;
+    at = 24;
+    size += put_frame(out, SETTINGS, 0, 0, "", 0);
+    size += put_frame(out + size, WINDOW_UPDATE, 0, 0, "\x7f\xff\x00\x00", 4);
+  }
+  while (caller->have - at >= 9) {
+    const unsigned char *head = caller->in + at;
+    int length = big_endian(head, 3), kind = head[3], flags = head[4];
+    unsigned stream = big_endian(head + 5, 4);
+    if (caller->have - at < 9 + length) break;
+    at += 9 + length;
+    if ((kind == SETTINGS || kind == PING) && !(flags & ACK)) size += put_frame(out + size, kind, ACK, 0, head + 9, kind == PING ? 8 : 0);
+    if (kind == WINDOW_UPDATE && stream == 0) caller->window += big_endian(head + 9, 4);
+    if (kind != DATA || !(flags & END_STREAM)) continue;
+    if ((caller->window -= sizeof message - 1) < -WINDOW) return 0;
+    size += put_frame(out + size, HEADERS, 4, stream, type, sizeof type - 1);
+    size += put_frame(out + size, DATA, 0, stream, message, sizeof message - 1);
+    size += put_frame(out + size, HEADERS, 4 | END_STREAM, stream, status, sizeof status - 1);
+  }
+  caller->have -= at;
+  memmove(caller->in, caller->in + at, caller->have);
+  return size == 0 || write(fd, out, size) == size;
+}
+
+static Caller *callers[DESCRIPTORS];
+
+static int answer(int fd, const char *data, long n) {
+  if (*mode == 'e') return write(fd, data, n) == n;
+  if (*mode == 's') return sink(fd, data, n);
+  if (!callers[fd] && !(callers[fd] = calloc(1, sizeof(Caller)))) die("no memory");
+  return grpc_app(callers[fd], fd, data, n);
+}
+
+static void forget(int fd) {
+  if (fd >= DESCRIPTORS) return;
+  owed[fd] = 0;
+  free(callers[fd]);
+  callers[fd] = 0;
+}
+
+static void serve(void) {
   int one = 1, listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
   struct sockaddr_in at = {.sin_family = AF_INET, .sin_port = htons(port)};
   struct epoll_event events[256], event = {.events = EPOLLIN, .data.fd = listener};
@@ -439,8 +519,13 @@ static void echo(void) {
         }
         continue;
       }
-      ssize_t got = read(fd, room, sizeof room);
-      if (got <= 0 ? errno != EAGAIN || got == 0 : write(fd, room, got) != got) close(fd);
+      ssize_t got = read(fd, room, sizeof room - 1);
+      if (got < 0 && errno == EAGAIN) continue;
+      if (got > 0) room[got] = 0;
+      if (got <= 0 || fd >= DESCRIPTORS || !answer(fd, room, got)) {
+        forget(fd);
+        close(fd);
+      }
     }
   }
 }
@@ -489,7 +574,7 @@ int main(int argc, char **argv) {
     }
   poller = epoll_create1(0);
   prctl(PR_SET_TIMERSLACK, 1000);
-  if (!strcmp(mode, "echo")) echo();
+  if (!strcmp(mode, "echo") || !strcmp(mode, "sink") || !strcmp(mode, "hello")) serve();
   each_new = !strcmp(mode, "new");
   protocol = !strcmp(mode, "tcp") ? TCP : !strcmp(mode, "grpc") ? GRPC : HTTP;
   latency = malloc(SAMPLES * sizeof *latency);

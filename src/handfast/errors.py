@@ -465,10 +465,10 @@ class Reason(Enum):
         Exit.REFUSED,
     )
     GUARD_WORKER_DIED = Row(
-        "guard.worker_died", "the {worker} ended unasked ({how})", "what it said last stands above in the log", Exit.BUG
+        "guard.worker_died", "{worker} ended unasked ({how})", "what it said last stands above in the log", Exit.BUG
     )
     GUARD_WORKER_STUCK = Row(
-        "guard.worker_stuck", "the {worker} did not stop within {limit} s and was killed", "", Exit.BUG
+        "guard.worker_stuck", "{worker} did not stop within {limit} s and was killed", "", Exit.BUG
     )
     GUARD_PRIVILEGES = Row(
         "guard.privileges",
@@ -552,8 +552,8 @@ class Reason(Enum):
     # An audit.
     AUDIT_BASELINE = Row(
         "audit.baseline",
-        "{target} does not take the certificate that it is said to take ({detail})",
-        "give one that it accepts, or none: the checks that need no certificate are made all the same",
+        "{target} refuses the client that it is said to accept ({detail})",
+        "give a certificate that it accepts, and with --path what that client may ask for; or give none",
         Exit.USAGE,
     )
     AUDIT_UNKNOWN_CHECK = Row(

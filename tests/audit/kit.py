@@ -6,7 +6,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +169,3 @@ def openssl_with(authority: TestAuthority, folder: Path, *words: str) -> Iterato
     cert, key = authority.server().save(folder, "openssl")
     with s_server("-cert", cert, "-key", key, *words, folder=folder) as (port, _):
         yield port
-
-
-Hole = Callable[[TestAuthority, Path], AbstractContextManager[int]]

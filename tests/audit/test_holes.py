@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import ssl
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,12 @@ from handfast.audit.catalogue import CHECKS, choose
 from handfast.audit.clienthello import RENEGOTIATION_INFO, TLS12, VERSIONS
 from handfast.audit.model import Severity, Verdict
 from handfast.audit.runner import Client, Means, prepare, run
+from handfast.files import generate_key
+from handfast.pki.keys import KeyType
 from handfast.testing import TestAuthority, TestLeaf
 from tests.audit.kit import (
     FAST,
     Gullible,
-    Hole,
     Serve,
     answering,
     credulous,
@@ -33,6 +35,8 @@ from tests.audit.kit import (
     target,
 )
 from tests.support.apps import App
+
+Server = Callable[[TestAuthority, Path], Iterator[int]]
 
 OLD = ("-cipher", "ALL:@SECLEVEL=0")
 
@@ -110,7 +114,7 @@ def weak_curve(authority: TestAuthority, folder: Path) -> Iterator[int]:
 
 def short_prime(authority: TestAuthority, folder: Path) -> Iterator[int]:
     """Diffie-Hellman of 1024 bits: the prime of Oakley group 2 (RFC 2409 6.2), which Logjam's authors feared for."""
-    server = authority.server(key=_rsa())
+    server = authority.server(key=generate_key(KeyType.RSA2048))
     cert, key = server.save(folder, "rsa")
     (folder / "dh.pem").write_text(_OAKLEY_2)
     words = ("-tls1_2", "-cipher", "DHE:@SECLEVEL=0", "-dhparam", str(folder / "dh.pem"), "-cert", str(cert))
@@ -266,11 +270,11 @@ def names_its_authorities(authority: TestAuthority, folder: Path) -> Iterator[in
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_the_hole_is_found(
-    authority: TestAuthority, client: TestLeaf, tmp_path: Path, check: str, server: Hole
+    authority: TestAuthority, client: TestLeaf, tmp_path: Path, check: str, server: Server
 ) -> None:
     """The check fails, with evidence of what was sent and what came back."""
     (wanted,) = choose([f"outsider.{check}"])
-    with contextmanager(server)(authority, tmp_path) as port:  # type: ignore[arg-type]  # a generator of one port
+    with contextmanager(server)(authority, tmp_path) as port:
         means = Means(client if wanted.needs or check in ("copied-certificate", "early-data") else None)
         finding = found(wanted.id, port, means)
     assert finding.outcome.verdict is Verdict.FAIL, finding.outcome
@@ -293,9 +297,11 @@ def careless_python(host: str, port: int, ca: str) -> list[str]:
 
 
 @pytest.mark.parametrize("command", [careless_curl, careless_python])
-def test_a_careless_client_is_found(authority: TestAuthority, tmp_path: Path, command: object) -> None:
+def test_a_careless_client_is_found(
+    authority: TestAuthority, tmp_path: Path, command: Callable[[str, int, str], list[str]]
+) -> None:
     """A client that verifies nothing tells the person in the middle its request."""
-    means = Means(client=Client("careless", str(authority.save(tmp_path)), command))  # type: ignore[arg-type]  # as given
+    means = Means(client=Client("careless", str(authority.save(tmp_path)), command))
     with App() as app:
         finding = found("outsider.person-in-the-middle", app.port, means)
     assert finding.outcome.verdict is Verdict.FAIL, finding.outcome
@@ -312,7 +318,7 @@ def test_every_check_has_a_server_with_its_hole() -> None:
 def test_a_server_that_dies_of_it_fails(authority: TestAuthority, tmp_path: Path) -> None:
     """A server that beats the attack back and does not shake hands afterwards has not held."""
     with nginx_with(authority, tmp_path, "ssl_verify_client on;") as real:
-        dead = []
+        dead: list[bool] = []
 
         def serve(connection: socket.socket) -> None:
             if dead:
@@ -342,8 +348,6 @@ def test_gentle_patience_is_no_finding(authority: TestAuthority, tmp_path: Path)
 
 def _forward(connection: socket.socket, port: int) -> None:
     """Carry bytes both ways until one side ends."""
-    import select
-
     with socket.create_connection(("127.0.0.1", port), 5) as behind:
         while True:
             for ready in select.select([connection, behind], [], [], 5)[0]:
@@ -425,18 +429,12 @@ def _repeating(real: int) -> Serve:
                 turns.append((first, answer))
                 if not answer or len(turns) == 4:
                     break
-                with lock:
-                    told.append(turns) if len(turns) == 1 else None
+                if len(turns) == 1:
+                    with lock:
+                        told.append(turns)
                 first = connection.recv(1 << 16)
 
     return serve
-
-
-def _rsa() -> object:
-    from handfast.files import generate_key
-    from handfast.pki.keys import KeyType
-
-    return generate_key(KeyType.RSA2048)
 
 
 _OAKLEY_2 = """-----BEGIN DH PARAMETERS-----

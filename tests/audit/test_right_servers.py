@@ -10,11 +10,12 @@ from handfast.audit.catalogue import choose
 from handfast.audit.middle import CLIENTS
 from handfast.audit.model import Report, Severity, Verdict
 from handfast.audit.runner import Client, Means, prepare, run
+from handfast.guard.connection import Limits
 from handfast.testing import TestAuthority, TestLeaf
 from tests.audit.kit import ANSWER, FAST, found, nginx_with, target
 from tests.support.apps import App
 from tests.support.certs import Ca
-from tests.support.guards import Limits, Running
+from tests.support.guards import Running
 
 # What cannot be made against a server without a credential, or needs a client on the other side.
 WITHOUT_CREDENTIAL = {

@@ -56,7 +56,7 @@ def test_a_new_pair_is_taken_whole(ca: Ca, tmp_path: Path) -> None:
         ("half", Reason.INPUT_KEY_MISMATCH),
         ("gone", Reason.INPUT_MISSING),
         ("garbage", Reason.INPUT_NOT_CERTIFICATE),
-        ("expired", Reason.VERIFY_EXPIRED),
+        ("expired", Reason.CONNECT_EXPIRED),
         ("server", Reason.VERIFY_PURPOSE),
         ("bundle", Reason.INPUT_NOT_CERTIFICATE),
     ],

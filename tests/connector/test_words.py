@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from handfast.connector.words import Fault, Own, broken, own_trouble, refused, silent, span, untrusted
+from handfast.connector.words import Fault, Own, broken, refused, silent, span, untrusted
 from handfast.errors import Failure, Reason
 from handfast.wire.alerts import Alert
 from tests.support.certs import SERVER, Ca
@@ -139,17 +139,6 @@ def test_a_server_that_we_refuse_is_explained() -> None:
     verdict = untrusted(failures)
     assert verdict.failure.message == "we do not trust the server: the certificate is for dns:a, not for dns:b"
     assert (verdict.cause, "--expect" in verdict.failure.hint) == ("verify.name_mismatch", True)
-
-
-@pytest.mark.parametrize(
-    ("kind", "wrong"),
-    [("good", None), ("no eku", None), ("expired", "expired 3 days ago"), ("server", "clientAuth")],
-)
-def test_what_is_wrong_with_us_is_known_without_a_server(kind: str, wrong: str | None) -> None:
-    """A certificate that no server takes is known as such; one that many take passes."""
-    trouble = own_trouble(own(kind), NOW)
-    assert (trouble is None) == (wrong is None)
-    assert wrong is None or (trouble is not None and wrong in trouble.message)
 
 
 @given(st.timedeltas(timedelta(), timedelta(days=9999)))

@@ -141,7 +141,7 @@ def test_a_bug_ends_its_own_connection_and_no_other(
         with _open(guard, ca, ca.client(), tmp_path) as tls:
             assert _served(tls)
             with monkeypatch.context() as broken:
-                broken.setattr(HttpSession, "_done", explode)
+                broken.setattr(HttpSession, "_done_usually", explode)
                 tls.sendall(get(close=False))
                 assert _ended(tls) < 2
         guard.guard.refresh = explode

@@ -251,7 +251,7 @@ def test_a_closed_socket_resets_those_who_wait() -> None:
     kept, closed = bind_shared(socket.AF_INET, ("127.0.0.1", 0), 2)
     waiting = [socket.create_connection(kept.getsockname(), 5) for _ in range(50)]
     closed.close()
-    ends = Counter()
+    ends: Counter[str] = Counter()
     for connection in waiting:
         with connection:
             connection.settimeout(0.05)
@@ -271,7 +271,7 @@ def test_a_closed_socket_resets_those_who_wait() -> None:
     [
         ("config", 4, "input.missing", "/no/such.toml: no such file"),
         ("bug", 1, "bug", "a bug"),
-        ("killed", 1, "guard.worker_died", "the worker 1 ended unasked (signal 9)"),
+        ("killed", 1, "guard.worker_died", "worker 1 ended unasked (signal 9)"),
         ("code", 7, None, None),
     ],
 )

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from handfast.pki.names import printable
-
 if TYPE_CHECKING:
     from handfast.audit.runner import Audit
 
@@ -84,7 +82,10 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a check's function returns: the verdict, why in one sentence, and the evidence."""
+    """What a check's function returns: the verdict, why in one sentence, and the evidence.
+
+    `why` may have words of the server's in it: it is not safe for a terminal or a page as it is.
+    """
 
     verdict: Verdict
     why: str
@@ -171,4 +172,9 @@ def shown(data: str | bytes) -> str:
         data = text if all(letter.isprintable() or letter in "\r\n\t" for letter in text) else data.hex(" ", 1)
     if len(data) > MAX_EVIDENCE:
         data = data[: MAX_EVIDENCE - 1] + "…"
-    return data if printable(data) else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in data)
+    return visible(data)
+
+
+def visible(text: str) -> str:
+    """Text without what would move a terminal's cursor: such characters are spelled out."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

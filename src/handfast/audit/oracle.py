@@ -2,8 +2,8 @@
 
 Theory of operation. A refusal comes in two forms: TLS ends (an alert, a close), or the server answers in HTTP
 with a status that says no. Everything else that carries application data means that the attacker got through.
-A baseline, what an accepted request got, sharpens this: the same answer is reached, whatever its status; so an
-application that says 403 to everybody is not mistaken for a guard. Silence says nothing, and is never a pass.
+Silence says nothing, and is never a pass. A status alone could be the application's own no; the baseline, an
+accepted client's request for the same thing, rules that out: it must have been answered with a yes.
 """
 
 from __future__ import annotations
@@ -52,11 +52,6 @@ class Reply:
         found = _STATUS.match(self.data)
         return int(found[1]) if found else None
 
-    @property
-    def body(self) -> bytes:
-        """The HTTP body as far as it was read, or all data where it is not HTTP."""
-        return self.data.partition(b"\r\n\r\n")[2] if self.status is not None else self.data
-
     def __str__(self) -> str:
         """In words, for evidence."""
         if self.data:
@@ -91,8 +86,6 @@ def reach(reply: Reply, baseline: Reply | None) -> tuple[Reach, str]:
     status = reply.status
     if status is None:
         return Reach.YES, "the server sent application data"
-    if baseline is not None and status == baseline.status and _same(reply.body, baseline.body):
-        return Reach.YES, f"the answer is the one that an accepted client gets (HTTP {status})"
     if status in _BUSY:
         return Reach.UNKNOWN, f"the server says that it is busy or was kept waiting (HTTP {status})"
     if status not in REFUSALS:
@@ -102,8 +95,6 @@ def reach(reply: Reply, baseline: Reply | None) -> tuple[Reach, str]:
             Reach.NO,
             f"the server answered with HTTP {status}, a refusal; without a baseline the status alone says so",
         )
-    if baseline.status in REFUSALS and status == baseline.status:
-        return Reach.UNKNOWN, f"an accepted client is answered with HTTP {status} as well, in other words"
     return Reach.NO, f"the server answered with HTTP {status}, and an accepted client gets {baseline.status or 'data'}"
 
 
@@ -128,12 +119,3 @@ def worst(outcomes: list[Outcome]) -> Outcome:
             evidence = tuple(item for one in chosen for item in one.evidence)
             return Outcome(verdict, "; ".join(dict.fromkeys(one.why for one in chosen)), evidence[:MAX_ITEMS])
     return unclear("nothing was tried")
-
-
-def _same(one: bytes, other: bytes) -> bool:
-    """Whether two bodies are one page: equal, or equal but for figures (times, ids) in them."""
-    return one == other or (bool(one) and _shape(one) == _shape(other))
-
-
-def _shape(body: bytes) -> bytes:
-    return re.sub(rb"[0-9a-f]*[0-9][0-9a-f]*", b"0", body.lower())

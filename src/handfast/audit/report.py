@@ -12,7 +12,7 @@ from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
 import handfast
-from handfast.audit.model import Check, Finding, Report, Severity, Verdict
+from handfast.audit.model import Check, Finding, Report, Severity, Verdict, visible
 
 _SARIF_LEVEL = {
     Severity.CRITICAL: "error",
@@ -227,7 +227,7 @@ def _row(finding: Finding) -> str:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())
+    return visible(" ".join(text.split()))
 
 
 def _xml(text: str) -> str:

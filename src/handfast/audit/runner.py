@@ -221,8 +221,8 @@ class Audit:
 
 
 def prepare(target: Target, means: Means, pace: Pace) -> Audit:
-    """Look at the endpoint and make the baseline. Raises Unreachable, and InvalidInput (AUDIT_BASELINE) where the
-    server does not take the credential that it is said to take.
+    """Look at the endpoint and make the baseline. Raises Unreachable, and InvalidInput (AUDIT_BASELINE) where a
+    client with the credential is refused: its refusal could not be told from an attacker's.
     """
     turns = _Turns(pace)
     audit = Audit(target, means, pace, Look(None), None, time.monotonic() + pace.whole, turns)
@@ -233,8 +233,8 @@ def prepare(target: Target, means: Means, pace: Pace) -> Audit:
         return looked
     baseline = looked.call(means.credential)
     reached, why = reach(baseline, None)
-    if reached is not Reach.YES and baseline.status is None:
-        raise InvalidInput(Reason.AUDIT_BASELINE, target=str(target), detail=f"{why}: {baseline}"[:200])
+    if reached is not Reach.YES:
+        raise InvalidInput(Reason.AUDIT_BASELINE, target=str(target), detail=why[:200])
     return replace(looked, baseline=baseline, look=replace(looked.look, http=baseline.status is not None))
 
 

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 LISTEN = "127.0.0.1:9000"
-_RENEWALS = 15.0  # seconds between two looks whether the certificate is due
+_RENEWALS = 60.0  # seconds between two looks whether the certificate is due
 # What curl ends with when TLS with the server, or the server's answer to our certificate, may be why (curl(1)).
 _CURL_TLS = frozenset({35, 52, 55, 56, 58, 60, 77, 83, 90, 91, 92})
 # With these curl does not go where the URL says, or not with our files; a trial of ours would tell nothing.
@@ -96,7 +96,7 @@ def identity_options(function: F) -> F:
     "connect",
     epilog=example(
         "handfast connect --to api.internal:8443 --listen 127.0.0.1:9000 --as web",
-        "handfast connect --to 10.0.0.7:8443 --listen unix:/run/api.sock --as web --expect 'spiffe://corp/api'",
+        "handfast connect --to 10.0.0.7:8443 --listen unix:/run/api.sock --as web --expect api",
     ),
     short_help="Call a server: a plain local port that speaks mutual TLS.",
 )
@@ -251,8 +251,8 @@ class _Running:
         keeping = loop.create_task(self._keep_renewed())
         await stop.wait()
         keeping.cancel()
-        for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C ends it at once
-            loop.remove_signal_handler(number)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._hurry)
         if not self.as_json:
             many = len(connector.connections)
             click.echo(f"\nstopping; {many} connection(s) may finish (Ctrl-C again: at once)")
@@ -260,8 +260,14 @@ class _Running:
         if self.as_json:
             connector.event("stopped", {})
         connector.log.close()
+        if connector.hurried:
+            raise click.Abort
         if not self.as_json:
             click.echo("goodbye")
+
+    def _hurry(self) -> None:
+        """A second Ctrl-C."""
+        self.connector.hurried = True
 
     async def _try(self) -> Tried | Failure:
         """One handshake before anybody calls. A server that is merely away may come back; one that refuses will not."""
@@ -373,7 +379,7 @@ def _paths(identity: Identity) -> tuple[Path, Path, Path, str]:
         return identity.cert, identity.key, identity.ca, f"handfast issue NAME, and put it in {identity.cert}"
     if identity.cert is not None or identity.key is not None:
         raise click.UsageError("--as NAME has its own certificate and key; leave out --cert and --key, or it")
-    from handfast.cli.certificates import file_base
+    from handfast.cli.certificates import file_base  # not before it is needed: it loads the database
     from handfast.cli.opening import folder_of
 
     name, folder = identity.name, folder_of(identity.state)

@@ -6,13 +6,11 @@ import os
 import socket
 import sys
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import click
 
-from handfast.cli.certificates import file_base
-from handfast.cli.opening import folder_of
 from handfast.cli.output import (
     as_json_option,
     example,
@@ -32,10 +30,13 @@ from handfast.explain.reasons import all_codes, meaning_of
 from handfast.explain.story import as_json as explanation_json
 from handfast.explain.story import explain, measured
 from handfast.explain.unseal import is_tls, parse_keylog, read_stream
-from handfast.files import read_file, write_private, write_public
+from handfast.files import generate_key, read_file, write_private, write_public
 from handfast.guard.places import join_address, parse_address
 from handfast.pki.certificates import certificate_names
-from handfast.pki.names import parse_name
+from handfast.pki.issuing import Order
+from handfast.pki.keys import KeyType
+from handfast.pki.names import parse_dns, parse_name
+from handfast.pki.profiles import PROFILES
 from handfast.pki.verification import Purpose, Terms, TrustBundle
 from handfast.tls.credential import Credential, load_bundle, load_credential
 from handfast.tls.server import ServerContext, ServerSettings
@@ -46,6 +47,7 @@ _HELLO = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 27\r\nConnection: close\r\n\r\n"
     b"handfast let you in: hello\n"
 )
+_ISSUED_FOR = timedelta(hours=1)  # the server certificate that --listen gets from the authority
 _RUNS = 3  # handshakes of each kind that are timed
 _KEYLOG_LIMIT = 16 << 20  # bytes
 _path = click.Path(path_type=Path)
@@ -97,7 +99,14 @@ class _Own:
 )
 @click.option("--client-ca", type=_path, help="With --listen: the authorities by which the client is judged.")
 @click.option("--reason", metavar="CODE", help="Say what one of our reason codes means; list: all of them.")
-@click.option("--color", "colour", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True)
+@click.option(
+    "--color",
+    "colour",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="Whether to draw in colour; auto heeds NO_COLOR.",
+)
 @click.option("--html", type=_path, help="Write a page to look at in a browser.")
 @click.option("--pcap", type=_path, help="Write the bytes for Wireshark; --keylog F goes with it.")
 @click.option("--keylog", type=_path, help="Write the secrets that open --pcap; of a FILE: read them.")
@@ -239,18 +248,20 @@ def _own(ask: _Ask) -> _Own:
         return _Own(load_credential(ask.cert, ask.key, opens), bundle)
     if ask.as_name is None:
         return _Own(None, bundle)
-    cert, ca = _files_of(ask.as_name, folder_of(ask.state))
+    cert, ca = _files_of(ask.as_name, ask.state)
     if bundle is None and ca.exists():
         bundle = load_bundle(ca)
     return _Own(load_credential(cert, cert.with_suffix(".key"), opens), bundle)
 
 
-def _files_of(name: str, state: Path) -> tuple[Path, Path]:
+def _files_of(name: str, state: Path | None) -> tuple[Path, Path]:
     """(certificate, trust bundle) that `up` keeps for a client, or that `issue` wrote here. Raises InvalidInput."""
-    base = file_base(parse_name(name, "handfast.internal"))
-    kept, here = state / "clients" / f"{base}.crt", Path(f"{base}.crt")
-    kept_in_folder = state / "clients" / base / f"{base}.crt"
-    for cert, ca in ((kept, state / "root.crt"), (kept_in_folder, state / "root.crt"), (here, Path("ca.crt"))):
+    from handfast.cli.certificates import file_base  # with the ledger's library, which only this option needs
+    from handfast.cli.opening import TRUST_DOMAIN, folder_of
+
+    folder, base = folder_of(state), file_base(parse_name(name, TRUST_DOMAIN))
+    here = Path(f"{base}.crt")
+    for cert, ca in ((folder / "clients" / here, folder / "root.crt"), (here, Path("ca.crt"))):
         if cert.exists():
             return cert, ca
     raise InvalidInput(Reason.INPUT_MISSING, path=str(here))
@@ -264,13 +275,9 @@ def _is_address(host: str) -> bool:
 
 
 def _of_client(ask: _Ask, as_json: bool) -> Explanation:
-    if ask.cert is None or ask.key is None or ask.client_ca is None:
-        raise click.UsageError("--listen needs --cert, --key and --client-ca")
     host, port = parse_address(ask.listen)
-    opens = None if ask.key_passphrase_file is None else first_line(ask.key_passphrase_file)
-    credential, bundle = load_credential(ask.cert, ask.key, opens), load_bundle(ask.client_ca)
-    settings = ServerSettings(allow_tls12=ask.tls12)
-    context = ServerContext(credential, Terms(bundle, Purpose.CLIENT), settings)
+    credential, terms = _served(ask, host)
+    context = ServerContext(credential, terms, ServerSettings(allow_tls12=ask.tls12))
     with _bound(host, port) as listener:
         place = join_address(*listener.getsockname()[:2])
         if as_json:
@@ -282,7 +289,28 @@ def _of_client(ask: _Ask, as_json: bool) -> Explanation:
     recording = answer(plug, context, ask.limits, place, _HELLO)
     names = [name.value for name in certificate_names(credential.chain[0])]
     known = Known(datetime.now(UTC), names[0] if names else "", own=credential.chain)
-    return explain(recording, known, bundle)
+    return explain(recording, known, terms.bundle)
+
+
+def _served(ask: _Ask, host: str) -> tuple[Credential, Terms]:
+    """What we show as a server, and what we ask of clients: from files, or from the authority in the state folder."""
+    given = [one is not None for one in (ask.cert, ask.key, ask.client_ca)]
+    if ask.cert is not None and ask.key is not None and ask.client_ca is not None:
+        opens = None if ask.key_passphrase_file is None else first_line(ask.key_passphrase_file)
+        return load_credential(ask.cert, ask.key, opens), Terms(load_bundle(ask.client_ca), Purpose.CLIENT)
+    if any(given):
+        raise click.UsageError("with --listen, --cert, --key and --client-ca go together")
+    from handfast.cli.opening import opened  # with the ledger's library, which only this needs
+
+    names = tuple(dict.fromkeys(parse_name(text) for text in ("127.0.0.1", "::1", host) if _is_address(text)))
+    hosts = tuple(dict.fromkeys(parse_dns(text) for text in ("localhost", host) if not _is_address(text)))
+    with opened(ask.state) as authority:
+        key = generate_key(KeyType.P256)
+        order = Order(PROFILES["server"], hosts + names, key.public_key(), _ISSUED_FOR)
+        issued = authority.issue(order, authority.authorize(order.names, order.profile))
+        bundle = TrustBundle(authority.trust_bundle(), authority.trust_domain)
+        terms = Terms(bundle, Purpose.CLIENT, revocations=authority.revocations(now=datetime.now(UTC)))
+    return Credential(key, (issued.certificate, *issued.chain)), terms
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -50,10 +50,14 @@ class Material:
         """Read and check everything. Raises HandfastError: what is wrong, and the next step."""
         credential, bundle = load_credential(self.cert, self.key, self.passphrase), load_bundle(self.ca)
         check_time(bundle.anchors, now)
+        leaf = credential.chain[0]
+        if now > leaf.not_valid_after_utc:
+            ended = {"subject": label(leaf), "not_after": leaf.not_valid_after_utc}
+            raise HandfastError(Reason.CONNECT_EXPIRED, **ended, next=f"run: {self.renew}")
         check_client(credential, now)
         if self.name is not None:
-            self._check_name(credential.chain[0], self.name)
-        trusted = TrustBundle(bundle.anchors, self._trust_domain(credential.chain[0]))
+            self._check_name(leaf, self.name)
+        trusted = TrustBundle(bundle.anchors, self._trust_domain(leaf))
         terms = Terms(trusted, Purpose.SERVER, self.server)
         return Generation(ClientContext(credential, terms, self.settings), Own(credential.chain, self.renew))
 

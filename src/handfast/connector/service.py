@@ -56,6 +56,7 @@ class Connector:
     uids: frozenset[int] = frozenset()
     look: Callable[[datetime], Generation | HandfastError | None] | None = None
     connections: set[Local] = field(default_factory=set)
+    hurried: bool = False  # set while it stops: end at once what is open
     pool: Pool = field(init=False)
     _plugs: list[socket.socket] = field(default_factory=list)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
@@ -95,7 +96,7 @@ class Connector:
         self._plugs.clear()
         self.pool.close()
         deadline = monotonic() + self.limits.drain
-        while self.connections and monotonic() < deadline:
+        while self.connections and not self.hurried and monotonic() < deadline:
             await asyncio.sleep(0.05)
         for connection in list(self.connections):
             connection.abort("drained")

@@ -58,7 +58,6 @@ class _Trouble:
     alerts: frozenset[Alert]  # those that a server gives for it
     detail: str
     next: str
-    sure: bool = True  # False: many servers do not mind
 
 
 def refused(alert: str, own: Own, accepted: Sequence[str], now: datetime) -> Verdict:
@@ -139,14 +138,6 @@ def unreachable(target: str, detail: str) -> Verdict:
     """Explain a server to which there is no connection."""
     following = f"is it running, and is {target} its address?"
     return _verdict(Reason.CONNECT_UNREACHABLE, Fault.NETWORK, "unreachable", f"{target}: {detail}", following)
-
-
-def own_trouble(own: Own, now: datetime) -> Failure | None:
-    """Why our own certificate would be refused everywhere; None if nothing is wrong with it in itself."""
-    for trouble in _troubles(own, (), now):
-        if trouble.sure:
-            return Failure(Reason.CONNECT_REFUSED, {"detail": trouble.detail, "next": trouble.next})
-    return None
 
 
 def span(length: timedelta) -> str:
@@ -283,9 +274,9 @@ def _troubles(own: Own, accepted: Sequence[str], now: datetime) -> list[_Trouble
         following = "use a certificate of an authority that the server accepts, or add ours to the server's bundle"
         alerts = {Alert.UNKNOWN_CA, Alert.CERTIFICATE_REQUIRED, Alert.NO_CERTIFICATE, *vague}
         found.append(_Trouble(frozenset(alerts), detail, following))
-    if usages is None:
+    if usages is None:  # many servers do not mind
         detail = "it does not say what it is for: it has no extended key usage"
-        found.append(_Trouble(purpose, detail, renew, sure=False))
+        found.append(_Trouble(purpose, detail, renew))
     return found
 
 

@@ -101,7 +101,7 @@ class Connection(asyncio.Protocol):
     """The transport's side: owns the socket, the deadline and the id; the state does the rest."""
 
     __slots__ = (
-        *("_entered", "_prefix", "_session", "_state", "address", "deadline", "facts", "gate", "guard", "id", "limits"),
+        *("_entered", "_full", "_prefix", "_session", "_state", "address", "deadline", "facts", "gate", "guard", "id", "limits"),
         *("listener", "opened", "peer", "site", "transport", "who"),
     )
 
@@ -122,6 +122,7 @@ class Connection(asyncio.Protocol):
         self._state: State = Handshaking(self)
         self._session: Session | None = None
         self._entered: list[str | None] = []  # what the gate let in: the address, then the identity
+        self._full = False  # the way to the client is
         self._prefix = b""  # what all log lines of requests have in common
 
     # What the event loop calls. An exception in here is a bug of ours, and refuses.
@@ -144,7 +145,10 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
-        self._have(self._state.received, data)
+        try:
+            self._state.received(data)
+        except Exception as bug:
+            self.bug(bug)
 
     def eof_received(self) -> bool:
         """See asyncio.Protocol. True: our side stays open until we have said what there is to say."""
@@ -163,10 +167,12 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """See asyncio.Protocol."""
+        self._full = True
         self._have(self._state.writable, False)
 
     def resume_writing(self) -> None:
         """See asyncio.Protocol."""
+        self._full = False
         self._have(self._state.writable, True)
 
     # What the guard calls.
@@ -268,26 +274,37 @@ class Connection(asyncio.Protocol):
         """Log a request that was forwarded."""
         admission, timing, guard = logged.admission, logged.timing, self.guard
         took = monotonic() - timing.began
-        decision = admission.decision
-        guard.metrics.request(self.listener.name, decision.effect, decision.reason.code, logged.status, took)
-        if not self._prefix:
-            common = {"event": "request", "id": self.id, "address": self.address, "peer": self.who}
-            self._prefix = json.dumps(common)[1:-1].encode()
-        if guard.log.plain and logged.failure is None and logged.outcome is None:
-            guard.log.emit_line(
-                b'%b,%b,"request":"%b-%d","status":%d,"ms":%.1f,"app_ms":%.1f,"bytes_in":%d,"bytes_out":%d}\n'
-                % (
-                    *(self._prefix, admission.note, self.id.encode(), logged.number, logged.status, took * 1000),
-                    *((timing.first_byte - timing.began) * 1000, timing.bytes_in, timing.bytes_out),
-                )
-            )
-            return
+        guard.metrics.request(self.listener.name, admission.effect, admission.reason, logged.status, took)
+        guard.metrics.bytes(self.listener.name, timing.bytes_in, timing.bytes_out)
         first = round((timing.first_byte - timing.began) * 1000, 1) if timing.first_byte else None
         fields = json.loads(b"{%b}" % admission.note)
         fields |= {"request": f"{self.id}-{logged.number}", "status": logged.status or None}
         fields |= {"ms": round(took * 1000, 1), "app_ms": first, "outcome": logged.outcome}
         fields |= {"bytes_in": timing.bytes_in, "bytes_out": timing.bytes_out}
         self.event("request", fields | ({} if logged.failure is None else told(logged.failure)))
+
+    def log_usual(self, logged: Logged) -> None:
+        """Log a request as `log_request` does, sooner: one that was answered whole, at once and as usual."""
+        guard = self.guard
+        if not guard.log.plain or logged.failure is not None or logged.outcome is not None:
+            self.log_request(logged)
+            return
+        _, admission, status, timing, _, _ = logged
+        began, name = timing.began, self.listener.name
+        took = monotonic() - began
+        guard.metrics.request(name, admission.effect, admission.reason, status, took)
+        guard.metrics.bytes(name, timing.bytes_in, timing.bytes_out)
+        if not self._prefix:
+            common = {"event": "request", "id": self.id, "address": self.address, "peer": self.who}
+            self._prefix = json.dumps(common)[1:-1].encode() + b',"request":"%b-' % self.id.encode()
+        took, app = int(took * 10_000), int((timing.first_byte - began) * 10_000)  # tenths of a millisecond
+        guard.log.emit_line(
+            b'%b%d","status":%d,"ms":%d.%d,"app_ms":%d.%d,"bytes_in":%d,"bytes_out":%d,%b}\n'
+            % (
+                *(self._prefix, logged.number, status, took // 10, took % 10, app // 10, app % 10),
+                *(timing.bytes_in, timing.bytes_out, admission.note),
+            )
+        )
 
     def set_deadline(self, seconds: float) -> None:
         """Give the present state so long."""
@@ -300,7 +317,7 @@ class Connection(asyncio.Protocol):
     def send(self, records: bytes) -> None:
         """Send records to the client; one that takes nothing while it makes us write is cut off."""
         self.transport.write(records)
-        if self.transport.get_write_buffer_size() > MAX_UNREAD:
+        if self._full and self.transport.get_write_buffer_size() > MAX_UNREAD:
             self.abort()
 
     def begin(self, session: Session) -> None:

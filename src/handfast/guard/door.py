@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from time import monotonic, time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from handfast.errors import Failure, Reason
 from handfast.guard.routes import Route, Site
@@ -41,7 +41,8 @@ class Admission:
     """A request that may go on: where to, and why. `note` is what its log line says of it, as JSON members."""
 
     route: Route
-    decision: Decision
+    effect: str
+    reason: str  # its code
     note: bytes
 
 
@@ -121,7 +122,7 @@ class Door:
         if isinstance(decided, Failure):
             return decided
         route, decision = decided
-        note = {
+        note: dict[str, Any] = {
             "decision": str(decision.effect),
             "rule": None if decision.rule is None else decision.rule.text,
             "reason": decision.reason.code,
@@ -129,7 +130,7 @@ class Door:
             "host": host.decode("ascii", "replace"),
             "path": path[:512].decode("ascii", "replace"),
         }
-        return Admission(route, decision, json.dumps(note)[1:-1].encode())
+        return Admission(route, note["decision"], note["reason"], json.dumps(note)[1:-1].encode())
 
     def _decide(self, site: Site, method: bytes, path: bytes) -> tuple[Route, Decision] | Failure:
         route = site.route(method, path)

@@ -389,18 +389,7 @@ class HttpSession:
         if exchange.body is _NO_BODY and exchange.response is None and not exchange.answer and not self._finishing:
             known = self._answers.whole(data)
             if known is not None:
-                exchange.response, sent = known
-                exchange.timing.first_byte = monotonic()
-                exchange.timing.bytes_out = len(sent)
-                self._channel.write(sent)
-                exchange.keep = True
-                self._done(exchange, reusable=True)
-                if self._channel.at_eof or self._buffer or self._unread:
-                    self._flush()
-                    self._advance()
-                    self._pump()
-                else:
-                    self._connection.send(self._channel.take())
+                self._done_usually(exchange, *known)
                 return
         try:
             self._take_answer(exchange, data)
@@ -496,6 +485,22 @@ class HttpSession:
         exchange.response_body = body_reader(response.body, response.length, decode=minor == 0)
         exchange.keep = may_keep and stays_open(request, response)
         return rewrite_response(response, exchange.keep, client_minor=minor)
+
+    def _done_usually(self, exchange: Exchange, response: ResponseHead, sent: bytes) -> None:
+        """A usual answer came whole: all that `_take_answer` and `_done` would do, in one piece."""
+        channel, connection, timing = self._channel, self._connection, exchange.timing
+        timing.first_byte, timing.bytes_out = monotonic(), len(sent)
+        channel.write(sent)
+        connection.send(channel.take())
+        connection.log_usual(Logged(exchange.number, exchange.admission, response.status, timing))
+        self._exchange = None
+        if channel.at_eof:
+            self._close()
+            return
+        connection.set_deadline(connection.limits.idle)
+        if self._buffer or self._unread:
+            self._advance()
+            self._pump()
 
     def _done(self, exchange: Exchange, *, reusable: bool) -> None:
         response = exchange.response

@@ -15,7 +15,6 @@ import pwd
 import stat
 import struct
 import sys
-import sysconfig
 import threading
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -117,7 +116,7 @@ def end_with_parent(number: int) -> None:
 
 def runtime_paths() -> list[Path]:
     """What Python and the C library may read at any time: give them to `confine` beside the guard's own files."""
-    python = {sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"), *filter(os.path.isabs, sys.path)}
+    python = {sys.prefix, sys.base_prefix, *filter(os.path.isabs, sys.path)}
     return [Path(path) for path in (*sorted(python), *_SYSTEM) if os.path.exists(path)]
 
 

@@ -177,7 +177,7 @@ class _Child:
 
     @property
     def name(self) -> str:
-        return "admin process" if self.index < 0 else f"worker {self.index}"
+        return "the admin process" if self.index < 0 else f"worker {self.index}"
 
 
 @dataclass(slots=True)
@@ -456,7 +456,7 @@ class _Supervisor:
             child.deaths = 0
         delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** min(child.deaths, 20))
         child.deaths += 1
-        child.due = time.monotonic() + delay
+        child.ready, child.due = False, time.monotonic() + delay
         self._say("worker_died", fields | {"restart_in": delay} | told(child.failure or unasked))
 
     def _say(self, event: str, fields: dict[str, Any]) -> None:

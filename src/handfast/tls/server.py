@@ -84,6 +84,7 @@ class _Room(threading.local):
 
     def __init__(self) -> None:
         self.buffer = _ffi.new("char[]", _BUFFER_SIZE)
+        self.where = _ffi.new("char **")
 
 
 _room = _Room()
@@ -115,26 +116,35 @@ class Channel:
         self.more = False
         if self.at_eof:
             return b""
-        size, buffer = 0, _room.buffer
+        buffer = _room.buffer
         _lib.ERR_clear_error()  # SSL_get_error reads the thread's queue, whoever left something in it
-        while size < _BUFFER_SIZE:  # each call gives one record's bytes at most
+        size = _lib.SSL_read(self._ssl, buffer, _BUFFER_SIZE)  # one record's bytes at most
+        if size <= 0:
+            self._see_why(size)
+            return b""
+        while _lib.BIO_get_mem_data(self._in, _room.where):  # more records, or a part of one
+            if size == _BUFFER_SIZE:
+                self.more = True
+                break
             got = _lib.SSL_read(self._ssl, buffer + size, _BUFFER_SIZE - size)
             if got <= 0:
-                error = _lib.SSL_get_error(self._ssl, got)
-                if error == _lib.SSL_ERROR_WANT_READ:
-                    break
-                if error != _lib.SSL_ERROR_ZERO_RETURN:  # broken is not ended: the stream may have been cut
-                    raise TlsBroken(self._failure(got))
-                self.at_eof = True
+                self._see_why(got)
                 break
             size += got
-        else:
-            self.more = True
-        return bytes(_ffi.buffer(buffer, size)) if size else b""
+        if size == _BUFFER_SIZE and not self.more:  # a record may have been cut by the end of the room
+            self.more = _lib.SSL_pending(self._ssl) > 0
+        return bytes(_ffi.unpack(buffer, size))
+
+    def _see_why(self, result: int) -> None:
+        """Nothing was read: more is needed, it is the end, or it broke."""
+        error = _lib.SSL_get_error(self._ssl, result)
+        if error == _lib.SSL_ERROR_ZERO_RETURN:
+            self.at_eof = True
+        elif error != _lib.SSL_ERROR_WANT_READ:  # broken is not ended: the stream may have been cut
+            raise TlsBroken(self._failure(result))
 
     def write(self, plain: bytes) -> None:
         """Encrypt; `take` has the records. Raises TlsBroken."""
-        _lib.ERR_clear_error()
         if plain and (put := _lib.SSL_write(self._ssl, plain, len(plain))) != len(plain):
             raise TlsBroken(self._failure(put))
 
@@ -412,12 +422,15 @@ def _parse(ders: Iterable[bytes]) -> tuple[x509.Certificate, ...]:
 
 
 def _take(bio: Any) -> bytes:
-    pieces, buffer = [], _room.buffer
-    while (got := _lib.BIO_read(bio, buffer, _BUFFER_SIZE)) > 0:
-        pieces.append(bytes(_ffi.buffer(buffer, got)))
-        if got < _BUFFER_SIZE:
-            break
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    buffer = _room.buffer
+    got = _lib.BIO_read(bio, buffer, _BUFFER_SIZE)
+    if got < _BUFFER_SIZE:
+        return bytes(_ffi.unpack(buffer, got)) if got > 0 else b""
+    pieces = []
+    while got > 0:
+        pieces.append(bytes(_ffi.unpack(buffer, got)))
+        got = _lib.BIO_read(bio, buffer, _BUFFER_SIZE)
+    return b"".join(pieces)
 
 
 def _prove(context: ServerContext) -> None:

@@ -101,7 +101,7 @@ class Kit:
             port = str(listener.getsockname()[1])
             line = (program("tstclnt"), "-d", self._database(), "-h", "127.0.0.1", "-p", port, "-n", "client")
             with subprocess.Popen(
-                [*line, "-a", "localhost", "-o", "-V", versions, "-A", "request"],
+                [*line, "-a", "localhost", "-o", "-V", versions],
                 cwd=self.folder,
                 stdin=subprocess.PIPE,  # it hangs up where its input ends
                 stdout=subprocess.DEVNULL,

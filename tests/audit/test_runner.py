@@ -1,0 +1,191 @@
+"""The run: bounded, counted, and never a pass for a check that broke."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from handfast.audit.catalogue import CHECKS, choose
+from handfast.audit.model import Check, Need, Outcome, Remedies, Severity, Verdict, passed
+from handfast.audit.runner import GENTLE, Audit, Means, Pace, prepare, run
+from handfast.audit.wires import Silence
+from handfast.errors import InvalidInput, Reason, Unreachable
+from handfast.testing import TestAuthority
+from tests.audit.kit import FAST, answering, nginx_with, python_context, scripted, target
+from tests.support.apps import App
+from tests.support.programs import free_port
+
+
+def check(attack: Callable[[Audit], Outcome], *needs: Need, seconds: float = 5) -> Check:
+    """A check that makes this attack."""
+    remedies = Remedies("", "", "", "", "")
+    return Check("test.check", "", "", Severity.HIGH, (), remedies, attack, needs, seconds)
+
+
+def outcome(port: int, attack: Callable[[Audit], Outcome], *needs: Need, pace: Pace = FAST) -> Outcome:
+    report = run(prepare(target(port), Means(), pace), [check(attack, *needs)], lambda *_: None)
+    return report.findings[0].outcome
+
+
+def breaks(_: Audit) -> Outcome:
+    raise KeyError("a bug")
+
+
+def times_out(_: Audit) -> Outcome:
+    raise Silence
+
+
+def loses_the_server(_: Audit) -> Outcome:
+    raise Unreachable(Reason.UNREACHABLE, target="x", detail="gone")
+
+
+@pytest.mark.parametrize(
+    ("attack", "why"), [(breaks, "KeyError"), (times_out, "its time was up"), (loses_the_server, "cannot be reached")]
+)
+def test_a_check_that_breaks_does_not_pass(attack: Callable[[Audit], Outcome], why: str) -> None:
+    """An exception in a check makes it inconclusive, and says what happened."""
+    with App() as app:
+        got = outcome(app.port, attack)
+    assert got.verdict is Verdict.INCONCLUSIVE
+    assert why in got.why
+
+
+@pytest.mark.parametrize("need", Need)
+def test_a_check_without_what_it_needs_is_not_made(need: Need) -> None:
+    """It is not applicable, with the reason, and its attack is never made."""
+    with scripted(lambda connection: connection.close()) as port:
+        got = outcome(port, breaks, need)
+    assert got == Outcome(Verdict.NOT_APPLICABLE, need.value)
+
+
+def test_nothing_listens() -> None:
+    """An audit of a port on which nothing listens ends as unreachable, not with a clean report."""
+    with pytest.raises(Unreachable):
+        prepare(target(free_port()), Means(), FAST)
+
+
+def test_a_credential_that_is_not_taken_is_no_baseline(authority: TestAuthority, tmp_path: Path) -> None:
+    """What the user says is accepted must be: else every refusal would look like a defence."""
+    stranger = TestAuthority.root("Stranger").client()
+    context = python_context(authority, tmp_path, ssl.CERT_REQUIRED)
+    with scripted(answering(context)) as port:
+        with pytest.raises(InvalidInput) as refused:
+            prepare(target(port), Means(stranger), FAST)
+        assert refused.value.reason is Reason.AUDIT_BASELINE
+        assert prepare(target(port), Means(authority.client()), FAST).baseline is not None
+
+
+def test_a_refusal_in_http_is_no_baseline_either(authority: TestAuthority, tmp_path: Path) -> None:
+    """nginx refuses a certificate in HTTP, with 400; that is known for what it is."""
+    stranger = TestAuthority.root("Stranger").client()
+    with (
+        nginx_with(authority, tmp_path, "ssl_verify_client on;") as port,
+        pytest.raises(InvalidInput) as refused,
+    ):
+        prepare(target(port), Means(stranger), FAST)
+    assert refused.value.reason is Reason.AUDIT_BASELINE
+
+
+@pytest.mark.parametrize(("pace", "most"), [(FAST, 4), (replace(GENTLE, pause=0.05, patience=0.2), 1)])
+def test_connections_are_counted(pace: Pace, most: int) -> None:
+    """No more connections are open at a time than the pace allows."""
+    now, peak, lock = 0, 0, threading.Lock()
+
+    def serve(connection: socket.socket) -> None:
+        nonlocal now, peak
+        with lock:
+            now += 1
+            peak = max(peak, now)
+        connection.recv(4096)
+        with lock:
+            now -= 1
+
+    def attack(audit: Audit) -> Outcome:
+        with audit.connect() as wire:
+            wire.send(b"x")
+            wire.read_all(within=0.2)
+        return passed("")
+
+    with scripted(serve) as port:
+        audit = prepare(target(port), Means(), pace)
+        run(audit, [check(attack)] * 12, lambda *_: None)
+    assert 1 <= peak <= most
+
+
+def test_a_gentle_run_pauses() -> None:
+    """Two connections of a gentle run are apart by its pause."""
+    began: list[float] = []
+    with scripted(lambda _: began.append(time.monotonic())) as port:
+        audit = prepare(target(port), Means(), replace(GENTLE, pause=0.2))
+
+        def attack(audit: Audit) -> Outcome:
+            for _ in range(3):
+                with audit.connect() as wire:
+                    wire.read_all()
+            return passed("")
+
+        began.clear()
+        run(audit, [check(attack)], lambda *_: None)
+    assert all(later - earlier > 0.15 for earlier, later in pairwise(began))
+
+
+def test_the_whole_is_bounded(authority: TestAuthority, tmp_path: Path) -> None:
+    """When the time for the audit is up, what was not tried is inconclusive."""
+    with nginx_with(authority, tmp_path, "ssl_verify_client on;") as port:
+        audit = replace(prepare(target(port), Means(), FAST), pace=replace(FAST, whole=0.0))
+        report = run(audit, choose(["outsider.no-certificate"]), lambda *_: None)
+    assert report.findings[0].outcome.verdict is Verdict.INCONCLUSIVE
+    assert "time for the whole audit" in report.findings[0].outcome.why
+
+
+def test_a_check_is_bounded() -> None:
+    """A wait of a check ends with the check's own time, whatever it asked for."""
+
+    def waits(audit: Audit) -> Outcome:
+        with audit.connect(60) as wire:
+            wire.receive()
+        return passed("")
+
+    with scripted(lambda connection: print(connection.recv(1))) as port:
+        began = time.monotonic()
+        audit = prepare(target(port), Means(), replace(FAST, answer=0.5))
+        report = run(audit, [check(waits, seconds=0.5)], lambda *_: None)
+    assert report.findings[0].outcome.verdict is Verdict.INCONCLUSIVE
+    assert time.monotonic() - began < 5
+
+
+def test_progress_is_told() -> None:
+    """Each check is told twice: when it begins, and with its outcome."""
+    told: list[bool] = []
+    with App() as app:
+        run(
+            prepare(target(app.port), Means(), FAST), [check(breaks)] * 3, lambda _, done: told.append(done is not None)
+        )
+    assert sorted(told) == [False] * 3 + [True] * 3
+
+
+def test_checks_are_chosen_by_pattern() -> None:
+    """An id chooses one check, a pattern those that it fits, nothing all; a slip is an error."""
+    assert [one.id for one in choose(["outsider.grease"])] == ["outsider.grease"]
+    assert len(choose(["outsider.replayed-*"])) == 2
+    assert choose([]) == CHECKS
+    with pytest.raises(InvalidInput):
+        choose(["outsider.greese"])
+
+
+def test_the_catalogue_is_whole() -> None:
+    """Every check has an id of its own, whole sentences, references, and a remedy for each product."""
+    assert len({one.id for one in CHECKS}) == len(CHECKS)
+    for one in CHECKS:
+        assert one.attack.endswith("."), one.id
+        assert one.proves.endswith("."), one.id
+        assert one.references, one.id
+        assert all(text for _, text in one.remedies.items()), one.id
