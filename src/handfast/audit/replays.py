@@ -119,6 +119,8 @@ def _early_data(audit: Audit) -> Outcome:
         return failed(
             f"the server's tickets allow {allowed} bytes of early data, which anybody can send again", evidence
         )
+    if not got.tickets and not got.reply.data and audit.means.credential is None:
+        return not_applicable(f"the server refused us before it sent a ticket; it {Need.CREDENTIAL.value}")
     return passed("no ticket allows early data", evidence)
 
 

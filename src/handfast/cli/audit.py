@@ -44,7 +44,7 @@ _path = click.Path(path_type=Path)
     "audit",
     epilog=example(
         "handfast audit api.internal:8443",
-        "handfast audit api.internal:8443 --cert web.crt --key web.key --sarif > audit.sarif",
+        "handfast audit api.internal:8443 --cert web.crt --key web.key --html audit.html",
         "handfast audit --list",
     ),
     short_help="Attack a mutual-TLS server that is yours, and report what holds.",

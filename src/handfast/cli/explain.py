@@ -23,7 +23,7 @@ from handfast.cli.output import (
 from handfast.errors import Exit, InvalidInput, Reason, Unreachable
 from handfast.explain.capture import MAX_CAPTURE, read_capture, write_capture
 from handfast.explain.draw import draw
-from handfast.explain.model import Explanation, Known, Recording
+from handfast.explain.model import Explanation, Known
 from handfast.explain.page import render_page
 from handfast.explain.probe import Limits, answer, call
 from handfast.explain.reasons import all_codes, meaning_of
@@ -49,6 +49,7 @@ _HELLO = (
 )
 _ISSUED_FOR = timedelta(hours=1)  # the server certificate that --listen gets from the authority
 _RUNS = 3  # handshakes of each kind that are timed
+_MOST_STREAMS = 1000  # of a file that are looked at for one that fails
 _KEYLOG_LIMIT = 16 << 20  # bytes
 _path = click.Path(path_type=Path)
 
@@ -330,11 +331,19 @@ def _of_file(ask: _Ask, keylog: Path | None) -> Explanation:
     streams = [stream for stream in capture.streams if is_tls(stream)]
     if not streams:
         raise InvalidInput(Reason.INPUT_NO_HANDSHAKE, what=ask.place)
-    if len(streams) > 1:
-        note(f"note: {ask.place} holds {len(streams)} TLS connections; this is the first")
-    recording: Recording = read_stream(streams[0], parse_keylog(secrets))
     bundle = None if ask.ca is None else load_bundle(ask.ca)
-    return explain(recording, Known(recording.began, ask.sni or ""), bundle)
+    keys = parse_keylog(secrets)
+    for at, stream in enumerate(streams[:_MOST_STREAMS]):
+        recording = read_stream(stream, keys)
+        found = explain(recording, Known(recording.began, ask.sni or ""), bundle)
+        if at == 0 or not found.verdict.worked:
+            chosen, number = found, at + 1
+        if not found.verdict.worked:
+            break
+    if len(streams) > 1:
+        which = "the first of those that fail" if not chosen.verdict.worked else "none of them fails"
+        note(f"note: {ask.place} holds {len(streams)} TLS connections; this is number {number}, {which}")
+    return chosen
 
 
 # The result.

@@ -149,7 +149,7 @@ def _feed(config: Config) -> Iterator[Feed | None]:
 
 def _from_flags(flags: dict[str, Any], as_json: bool) -> Config:
     for name in ("to", "cert", "key", "client_ca"):
-        if flags[name] is None and not (name == "client_ca" and flags["client_auth"] is ClientAuth.OFF):
+        if flags[name] is None and not (name == "client_ca" and flags["client_auth"] == ClientAuth.OFF):
             raise click.UsageError(f"Missing option '--{name.replace('_', '-')}'.")
     target = parse_target(flags["to"])
     defaults = SiteConfig()
@@ -158,16 +158,16 @@ def _from_flags(flags: dict[str, Any], as_json: bool) -> Config:
         key=flags["key"],
         key_passphrase_file=flags["key_passphrase_file"],
         client_ca=flags["client_ca"],
-        client_auth=flags["client_auth"],
+        client_auth=ClientAuth(flags["client_auth"]),
         crl=flags["crls"],
-        ocsp=flags["ocsp"],
+        ocsp=Ocsp(flags["ocsp"]),
         verify_depth=flags["verify_depth"],
-        tls_min=flags["tls_min"],
+        tls_min=TlsVersion(flags["tls_min"]),
         legacy_certs=flags["legacy_certs"],
         offer_authorities=not flags["no_ca_names"],
         to=str(target),
         allow=flags["allow"],
-        headers=flags["headers"] or defaults.headers,
+        headers=tuple(map(HeaderStyle, flags["headers"])) or defaults.headers,
     )
     parse_policy(site.allow)  # a rule that is wrong is told as such, and not by its place in a file
     listener = ListenerConfig("main", str(parse_place(flags["listen"])), Mode.HTTP if target.http else Mode.TCP, site)

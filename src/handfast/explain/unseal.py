@@ -9,7 +9,7 @@ from __future__ import annotations
 import hmac
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -120,7 +120,7 @@ class _Book:
                     self.answer += event.data
                 self.events.append(Event(at, sender, event.kind, b"", True, event.size))
             case _:
-                self.events.append(event)
+                self.events.append(replace(event, size=len(event.data)))
         if event.kind == ContentType.CHANGE_CIPHER_SPEC and self._version < m.TLS_1_3:
             side.ciphered = True
             side.opener = self._opener_12(sender)

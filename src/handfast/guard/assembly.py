@@ -45,7 +45,7 @@ from handfast.pki.verification import Purpose, Terms, TrustBundle, VerifiedPeer
 from handfast.policy import ALLOW_ANY, Policy, parse_path, parse_policy
 from handfast.tls.client import ClientContext, ClientSettings, server_name_of
 from handfast.tls.credential import check_server, check_time, load_bundle, load_credential
-from handfast.tls.server import ClientAuth, ServerContext, ServerSettings
+from handfast.tls.server import MAX_KNOWN, ClientAuth, ServerContext, ServerSettings
 from handfast.wire.forwarding import HeaderStyle, facts_of, identity_headers
 from handfast.wire.http1 import Header
 
@@ -271,9 +271,18 @@ class Assembly:
             raise InvalidInput(Reason.GUARD_SITES, detail="headers has assertion, but there is no [assertion]")
         by = next((name.value for name in certificate_names(leaf) if name.is_uri), "")
 
+        made: dict[int, tuple[VerifiedPeer, tuple[Header, ...]]] = {}  # by the peer's identity in memory
+
         def identify(peer: VerifiedPeer | None, now: datetime) -> tuple[Header, ...]:
-            headers = identity_headers(styles, None if peer is None else facts_of(peer, by))
-            if minter is not None and peer is not None:
+            if peer is None:
+                return identity_headers(styles, None)
+            known = made.get(id(peer))
+            if known is None or known[0] is not peer:
+                if len(made) >= MAX_KNOWN:
+                    made.clear()
+                known = made[id(peer)] = peer, identity_headers(styles, facts_of(peer, by))
+            headers = known[1]
+            if minter is not None:
                 headers += (minter.header(peer, now),)
             return headers
 

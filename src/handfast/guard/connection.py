@@ -101,7 +101,20 @@ class Connection(asyncio.Protocol):
     """The transport's side: owns the socket, the deadline and the id; the state does the rest."""
 
     __slots__ = (
-        *("_entered", "_full", "_prefix", "_session", "_state", "address", "deadline", "facts", "gate", "guard", "id", "limits"),
+        *(
+            "_entered",
+            "_full",
+            "_prefix",
+            "_session",
+            "_state",
+            "address",
+            "deadline",
+            "facts",
+            "gate",
+            "guard",
+            "id",
+            "limits",
+        ),
         *("listener", "opened", "peer", "site", "transport", "who"),
     )
 
@@ -270,8 +283,8 @@ class Connection(asyncio.Protocol):
             return proxy_v2(Endpoints(b"", b""), tls)
         return proxy_v2(Endpoints(Address(host.strip("[]"), int(port)), Address(here[0], here[1])), tls)
 
-    def log_request(self, logged: Logged) -> None:
-        """Log a request that was forwarded."""
+    def _log_unusual(self, logged: Logged) -> None:
+        """Log a request with all that there is to say of it."""
         admission, timing, guard = logged.admission, logged.timing, self.guard
         took = monotonic() - timing.began
         guard.metrics.request(self.listener.name, admission.effect, admission.reason, logged.status, took)
@@ -283,11 +296,12 @@ class Connection(asyncio.Protocol):
         fields |= {"bytes_in": timing.bytes_in, "bytes_out": timing.bytes_out}
         self.event("request", fields | ({} if logged.failure is None else told(logged.failure)))
 
-    def log_usual(self, logged: Logged) -> None:
-        """Log a request as `log_request` does, sooner: one that was answered whole, at once and as usual."""
+    def log_request(self, logged: Logged) -> None:
+        """Log a request that was forwarded: as a line that is mostly made already, where it went as usual."""
         guard = self.guard
-        if not guard.log.plain or logged.failure is not None or logged.outcome is not None:
-            self.log_request(logged)
+        usual = logged.failure is None and logged.outcome is None and logged.timing.first_byte and logged.status
+        if not usual or not guard.log.plain:
+            self._log_unusual(logged)
             return
         _, admission, status, timing, _, _ = logged
         began, name = timing.began, self.listener.name

@@ -492,7 +492,7 @@ class HttpSession:
         timing.first_byte, timing.bytes_out = monotonic(), len(sent)
         channel.write(sent)
         connection.send(channel.take())
-        connection.log_usual(Logged(exchange.number, exchange.admission, response.status, timing))
+        connection.log_request(Logged(exchange.number, exchange.admission, response.status, timing))
         self._exchange = None
         if channel.at_eof:
             self._close()

@@ -55,6 +55,11 @@ def normal_host(text: bytes | str) -> bytes | None:
     host: non-ASCII (names are in A-labels), empty or overlong labels, and numbers that only some read as an
     address (`127.1`, `0x7f.1`). Raises nothing.
     """
+    return _normal_host(text) if len(text) <= MAX_HOST else None
+
+
+@lru_cache(1024)
+def _normal_host(text: bytes | str) -> bytes | None:
     if isinstance(text, str):
         if not text.isascii():
             return None
