@@ -386,12 +386,9 @@ def _hitch(place: Place) -> list[str]:
 # Versions
 
 
-def _says(*command: str, line: int = 0) -> Callable[[], str]:
-    def ask() -> str:
-        done = subprocess.run([_found(command[0]), *command[1:]], capture_output=True, text=True, check=False)
-        return (done.stdout + done.stderr).strip().splitlines()[line].strip()
-
-    return ask
+def _hitch_version() -> str:
+    done = subprocess.run([_found("hitch"), "--version"], capture_output=True, text=True, check=False)
+    return (done.stdout + done.stderr).split()[1]
 
 
 def _nginx_version() -> str:
@@ -404,7 +401,7 @@ def _nginx_version() -> str:
 def _stunnel_version() -> str:
     done = subprocess.run([_found("stunnel"), "-version"], capture_output=True, text=True, check=False)
     lines = [line for line in done.stderr.splitlines() if line.startswith(("stunnel", "Running", "Compiled"))]
-    return ", ".join(line.split(" on ")[0].strip() for line in lines[:1]) + f", {lines[-1].strip()}"
+    return f"{lines[0].split()[1]}, {lines[-1].strip()}"
 
 
 def _haproxy_version() -> str:
@@ -416,7 +413,7 @@ def _haproxy_version() -> str:
 
 def _envoy_version() -> str:
     done = subprocess.run([str(_envoy_program()), "--version"], capture_output=True, text=True, check=False)
-    return done.stdout.strip().rpartition(": ")[2]
+    return done.stdout.strip().rpartition(": ")[2].partition("/")[2]
 
 
 def _handfast_version() -> str:
@@ -437,5 +434,5 @@ PEERS = (
     Peer("haproxy-tcp", "HAProxy", False, _haproxy_tcp, _haproxy_version, "log; no policy", "haproxy"),
     Peer("envoy-tcp", "Envoy", False, _envoy_tcp, _envoy_version, "RBAC, access log"),
     Peer("stunnel", "stunnel", False, _stunnel, _stunnel_version, "log; no policy", "stunnel"),
-    Peer("hitch", "hitch", False, _hitch, _says("hitch", "--version"), "log; no policy", "hitch"),
+    Peer("hitch", "hitch", False, _hitch, _hitch_version, "log; no policy", "hitch"),
 )

@@ -136,6 +136,8 @@ class Cell:
             return f"void: {self.void}"
         if not self.figures:
             return ""
+        if len(self.figures) == 1:
+            return number(self.figures[0])
         return f"{number(statistics.median(self.figures))} ({number(min(self.figures))}–{number(max(self.figures))})"
 
 
@@ -296,7 +298,7 @@ def crypto_floor() -> dict[str, float]:
     ecdh = re.search(r"^\+F5:\d+:253:([\d.]+)", said, re.M)
     if ecdsa is None or ecdh is None:
         return {}
-    sign, verify, derive = (1e6 * float(text) for text in (ecdsa[1], ecdsa[2], ecdh[1]))
+    sign, verify, derive = (1e6 / float(text) for text in (ecdsa[1], ecdsa[2], ecdh[1]))
     return {"sign": sign, "verify": verify, "derive": derive}
 
 

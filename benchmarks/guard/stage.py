@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from peers import IDENTITY, MANY, App, Peer, Place, nginx_command, nginx_head
 
 from handfast.files import generate_key, write_private
@@ -33,6 +33,8 @@ PROXY_CORE, LOAD_CORE = 0, 1
 BODY = 64 << 20  # bytes of a download or an upload
 STRANGERS = 5000  # more chains than the guard remembers, so that it has seen none of them lately
 PATIENCE = 30.0  # seconds until something counts as hung
+HUNG = 180.0  # seconds until a load does
+NO_PROTOCOL = 3  # what the load ends with where the peer does not speak h2
 
 
 class Void(Exception):
@@ -127,18 +129,18 @@ def make_certificates(folder: Path) -> Path:
 
 def _make_strangers(folder: Path) -> None:
     """Many certificates of the same name and key: each is a chain that a guard has to judge anew."""
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
     root = x509.load_pem_x509_certificate((folder / "root.crt").read_bytes())
     signer = load_pem_private_key((folder / "root.key").read_bytes(), None)
     key = generate_key(KeyType.P256)
     order = Order(PROFILES["client"], (parse_name(IDENTITY),), key.public_key())
     now, issuer = datetime.now(UTC), Issuer(root, signer, (root,))
-    made = (
-        sign(build_certificate(order, issuer, make_serial(at, os.urandom(16)), now), signer) for at in range(STRANGERS)
-    )
-    (folder / "strangers.crt").write_bytes(b"".join(one.public_bytes(Encoding.PEM) for one in made))
-    write_private(folder / "strangers.key", encode_private_key(key))
+    made = [
+        sign(build_certificate(order, issuer, make_serial(at, os.urandom(16)), now), signer).public_bytes(Encoding.PEM)
+        for at in range(STRANGERS)
+    ]
+    (folder / "stranger.crt").write_bytes(made[0])
+    (folder / "strangers.crt").write_bytes(b"".join(made))
+    write_private(folder / "stranger.key", encode_private_key(key))
 
 
 def _handfast(folder: Path, *words: str) -> None:
@@ -254,11 +256,10 @@ def loading(stage: Stage, port: int, words: tuple[str, ...], *, strangers: bool 
     Raises Lacking or Void.
     """
     pki = stage.pki
-    who = "strangers" if strangers else "web"
+    who = "stranger" if strangers else "web"
     command = [str(stage.load), words[0], str(port), *words[1:]]
-    command += ["-C", f"{pki}/web.crt", "-K", f"{pki}/{who}.key", "-A", f"{pki}/ca.crt"]
+    command += ["-C", f"{pki}/{who}.crt", "-K", f"{pki}/{who}.key", "-A", f"{pki}/ca.crt"]
     if strangers:
-        command[command.index(f"{pki}/web.crt")] = f"{pki}/strangers.crt"
         command += ["-m", f"{pki}/strangers.crt"]
     process = subprocess.Popen(
         ["taskset", "-c", str(LOAD_CORE), *command],
@@ -269,35 +270,35 @@ def loading(stage: Stage, port: int, words: tuple[str, ...], *, strangers: bool 
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    watchdog = threading.Timer(180, process.kill)
-    watchdog.start()
+    orders, answers = process.stdin, process.stdout
 
-    def line(go: bool) -> str:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        if go:
-            process.stdin.write("\n")
-            process.stdin.flush()
-        text = process.stdout.readline()
-        if text:
+    def line() -> str:
+        if text := answers.readline():
             return text
         _, errors = process.communicate()
-        if process.returncode == 3:
+        if process.returncode == NO_PROTOCOL:
             raise Lacking
-        raise Void(errors.strip().splitlines()[0] if errors.strip() else "the load hung")
+        raise Void(_first(errors) or "the load hung")
 
     def run() -> Any:
-        result = json.loads(line(go=True))
-        if result["errors"] or not result["done"]:
-            process.stdin.close()  # type: ignore[union-attr]  # a pipe, see above
-            said = process.stderr.read() if process.stderr else ""
-            raise Void(f"{result['errors']} errors: {said.strip().splitlines()[0] if said.strip() else 'none done'}")
+        orders.write("\n")
+        orders.flush()
+        result = json.loads(line())
+        if result["errors"] or not result["bytes"]:
+            _, errors = process.communicate()
+            raise Void(f"{result['errors']} errors: {_first(errors) or 'nothing came'}")
         return result
 
-    try:
-        line(go=False)
-        yield run
-    finally:
-        watchdog.cancel()
-        process.kill()
-        process.communicate()
+    watchdog = threading.Timer(HUNG, process.kill)
+    watchdog.start()
+    with process:
+        try:
+            line()
+            yield run
+        finally:
+            watchdog.cancel()
+            process.kill()
+
+
+def _first(text: str) -> str:
+    return next((line for line in text.splitlines() if line.strip()), "")

@@ -283,11 +283,11 @@ def test_the_hole_is_found(
     assert all(item.sent and item.received for item in finding.outcome.evidence)
 
 
-def careless_curl(host: str, port: int, ca: str) -> list[str]:
+def careless_curl(host: str, port: int, ca: str, _folder: Path) -> list[str]:
     return ["curl", "-sSk", "--max-time", "8", "--connect-to", f"{host}:443:127.0.0.1:{port}", f"https://{host}/"]
 
 
-def careless_python(host: str, port: int, ca: str) -> list[str]:
+def careless_python(host: str, port: int, ca: str, _folder: Path) -> list[str]:
     script = (
         "import socket, ssl, sys; c = ssl.create_default_context(); c.check_hostname = False; "
         "c.verify_mode = ssl.CERT_NONE; s = c.wrap_socket(socket.create_connection(('127.0.0.1', int(sys.argv[1])))); "
@@ -298,7 +298,7 @@ def careless_python(host: str, port: int, ca: str) -> list[str]:
 
 @pytest.mark.parametrize("command", [careless_curl, careless_python])
 def test_a_careless_client_is_found(
-    authority: TestAuthority, tmp_path: Path, command: Callable[[str, int, str], list[str]]
+    authority: TestAuthority, tmp_path: Path, command: Callable[[str, int, str, Path], list[str]]
 ) -> None:
     """A client that verifies nothing tells the person in the middle its request."""
     means = Means(client=Client("careless", str(authority.save(tmp_path)), command))
@@ -341,6 +341,31 @@ def test_gentle_patience_is_no_finding(authority: TestAuthority, tmp_path: Path)
         audit = prepare(target(port), Means(), replace(FAST, limit=60.0, patience=0.5))
         report = run(audit, choose(["outsider.silent-client"]), lambda *_: None)
     assert [one.outcome.verdict for one in report.findings] == [Verdict.INCONCLUSIVE]
+
+
+def test_no_ticket_is_no_proof(authority: TestAuthority, client: TestLeaf, tmp_path: Path) -> None:
+    """Who is refused before any ticket is sent learns nothing of early data; who is let in does."""
+    with scripted(answering(python_context(authority, tmp_path, ssl.CERT_REQUIRED))) as port:
+        stranger = found("outsider.early-data", port)
+        known = found("outsider.early-data", port, Means(client))
+    assert stranger.outcome.verdict is Verdict.NOT_APPLICABLE
+    assert known.outcome.verdict is Verdict.PASS
+
+
+def test_without_a_control_nothing_is_shown(authority: TestAuthority, client: TestLeaf, tmp_path: Path) -> None:
+    """A server that the odd engine cannot talk to at all does not pass for one that checks proofs."""
+    with nginx_with(authority, tmp_path, "ssl_verify_client on;", "ssl_protocols TLSv1.2 TLSv1.3;") as real:
+
+        def serve(connection: socket.socket) -> None:
+            hello = connection.recv(16384, socket.MSG_PEEK)
+            # OpenSSL offers no heartbeat (RFC 6520), and tlslite-ng does.
+            if b"\x00\x0f\x00\x01" in hello:
+                return
+            _forward(connection, real)
+
+        with scripted(serve) as port:
+            finding = found("outsider.copied-certificate", port, Means(client))
+    assert finding.outcome.verdict is Verdict.INCONCLUSIVE, finding.outcome
 
 
 # Parts of such servers.

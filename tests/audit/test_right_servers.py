@@ -73,7 +73,7 @@ def test_a_guard_holds(authority: TestAuthority, client: TestLeaf, known: bool, 
 
 @pytest.mark.parametrize("kind", CLIENTS)
 def test_right_clients_find_the_person_in_the_middle(authority: TestAuthority, tmp_path: Path, kind: str) -> None:
-    """curl, Python and openssl end the handshake with a forged server, each by an alert."""
+    """curl, Python, openssl and our connector end the handshake with a forged server, each by an alert."""
     means = Means(client=Client(kind, str(authority.save(tmp_path)), CLIENTS[kind]))
     with nginx_with(authority, tmp_path, "ssl_verify_client on;") as port:
         finding = found("outsider.person-in-the-middle", port, means)

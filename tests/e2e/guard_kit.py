@@ -139,6 +139,7 @@ class Client:
         if name is None:
             context.check_hostname = False
         with socket.create_connection(("127.0.0.1", port), WAIT) as plain:
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a request waits 40 ms for an ACK
             if before:
                 plain.sendall(before)
             with context.wrap_socket(plain, server_hostname=name) as tls:

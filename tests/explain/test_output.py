@@ -90,7 +90,7 @@ def test_the_page_is_whole_and_fetches_nothing(name: str) -> None:
     assert not {"script", "img", "link", "iframe", "object"} & set(reader.tags)
     assert all(link.startswith("#step-") for link in reader.links)
     assert "default-src 'none'" in page
-    assert not re.search(r"url\(|@import|https?://", page.replace("https://", "", 0))
+    assert not re.search(r"url\(|@import|https?://", page)
 
 
 def test_what_the_network_says_cannot_steer_the_page_or_the_terminal() -> None:

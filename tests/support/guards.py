@@ -9,11 +9,13 @@ import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
+from ipaddress import IPv4Network, IPv6Network
 from typing import Any
 
 import uvloop
 
 from handfast.guard.events import EventLog
+from handfast.guard.limits import Gate
 from handfast.guard.places import Place, parse_target
 from handfast.guard.connection import Limits, Listener
 from handfast.guard.routes import Snapshot, one_site
@@ -67,6 +69,8 @@ class Running:
     trust_domain: str | None = None
     legacy: bool = False
     tls12: bool = False
+    gate: Gate | None = None
+    proxy_from: tuple[IPv4Network | IPv6Network, ...] = ()
 
     def snapshot(self, policy: Policy | None = None, **terms: Any) -> Snapshot:
         """What is in force, or would be with other terms."""
@@ -110,7 +114,7 @@ class Running:
             self._stop = asyncio.Event()
             log = EventLog(self.events, pretty=False)  # type: ignore[arg-type]  # as much of a stream as is used
             self.guard = Guard(self.snapshot(), log, drain=self.drain)
-            listener = Listener("main", self.upstreams.target.http, self.limits)
+            listener = Listener("main", self.upstreams.target.http, self.limits, self.gate, self.proxy_from)
             started.set_result(await self.guard.listen(bind(Place("127.0.0.1", 0)), listener))
         except BaseException as error:
             started.set_exception(error)

@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from cryptography.hazmat.primitives.serialization import Encoding
 from tlslite.api import HandshakeSettings, TLSConnection, parsePEMKey
@@ -43,7 +44,7 @@ with socket.create_connection(("127.0.0.1", port), timeout=8) as plain:
 """
 
 
-def curl(host: str, port: int, ca: str) -> list[str]:
+def curl(host: str, port: int, ca: str, _folder: Path) -> list[str]:
     """curl, as an operator calls it."""
     there = f"{host}:443:127.0.0.1:{port}"
     return [
@@ -61,18 +62,25 @@ def curl(host: str, port: int, ca: str) -> list[str]:
     ]
 
 
-def python(host: str, port: int, ca: str) -> list[str]:
+def python(host: str, port: int, ca: str, _folder: Path) -> list[str]:
     """Python's ssl with its default context, which requests, urllib3 and httpx use as well."""
     return [sys.executable, "-c", _PYTHON, host, str(port), ca]
 
 
-def openssl(host: str, port: int, ca: str) -> list[str]:
+def openssl(host: str, port: int, ca: str, _folder: Path) -> list[str]:
     """`openssl s_client` told to verify, which it does not by itself."""
     words = ["-CAfile", ca, "-verify_return_error", "-verify_hostname", host, "-servername", host]
     return ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", *words]
 
 
-CLIENTS = {"curl": curl, "python": python, "openssl": openssl}
+def connector(host: str, port: int, ca: str, folder: Path) -> list[str]:
+    """`handfast connect`, which shakes hands with the server before it listens. Its certificate is nobody's."""
+    cert, key = TestAuthority.root().client().save(folder, "client")
+    ours = ["--cert", str(cert), "--key", str(key), "--ca", ca, "--listen", "127.0.0.1:0"]
+    return [sys.executable, "-m", "handfast", "connect", "--to", f"127.0.0.1:{port}", "--sni", host, *ours]
+
+
+CLIENTS = {"curl": curl, "python": python, "openssl": openssl, "handfast": connector}
 
 
 def _middle(audit: Audit) -> Outcome:
@@ -80,8 +88,11 @@ def _middle(audit: Audit) -> Outcome:
     assert client is not None  # it is needed
     tries = []
     for said, forged in _forgeries(audit, client):
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            tries.append(_met(audit, client, listener, said, forged))
+        with socket.create_server(("127.0.0.1", 0)) as listener, TemporaryDirectory() as folder:
+            port = listener.getsockname()[1]
+            words = client.command(audit.target.name, port, client.ca, Path(folder))
+            listener.settimeout(min(_CLIENT_TIME, max(audit.deadline - time.monotonic(), 0.1)))
+            tries.append(_met(client, words, listener, said, forged))
     return worst(tries)
 
 
@@ -99,10 +110,8 @@ def _forgeries(audit: Audit, client: Client) -> list[tuple[str, TestLeaf]]:
     return forged
 
 
-def _met(audit: Audit, client: Client, listener: socket.socket, said: str, forged: TestLeaf) -> Outcome:
+def _met(client: Client, words: list[str], listener: socket.socket, said: str, forged: TestLeaf) -> Outcome:
     """Let the client come to us, and see what it tells us."""
-    listener.settimeout(min(_CLIENT_TIME, max(audit.deadline - time.monotonic(), 0.1)))
-    words = client.command(audit.target.name, listener.getsockname()[1], client.ca)
     try:
         process = subprocess.Popen(  # noqa: S603  # a fixed command, no shell
             words,

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 from cryptography import x509
 
@@ -82,13 +83,13 @@ class Means:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """A client program under test: `command(host, port, ca)` is its command line: a request to `host`, at our `port`,
-    trusting the file `ca`.
+    """A client program under test: `command(host, port, ca, folder)` is its command line: a request to `host`, at
+    our `port`, trusting the file `ca`. `folder` is empty, and its own.
     """
 
     kind: str
     ca: str
-    command: Callable[[str, int, str], list[str]]
+    command: Callable[[str, int, str, Path], list[str]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ _CRUMBS = 60  # a ClientHello has more bytes than this, so it is never whole
 _TIMEOUTS = Remedies(
     handfast="nothing to do: a handshake has 10 s",
     nginx="client_header_timeout 10s; (it bounds the handshake as well; 60 s unless set)",
-    haproxy="timeout client 10s and timeout client-hs 10s",
+    haproxy="timeout client-hs 10s, where the release has it; timeout client 10s counts from the last byte",
     envoy="transport_socket_connect_timeout: 10s on every filter chain (none unless set)",
     apache="RequestReadTimeout handshake=5-10 (mod_reqtimeout; off unless set)",
 )

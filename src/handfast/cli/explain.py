@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 from dataclasses import dataclass, replace
@@ -138,10 +139,10 @@ def explain_(
     ask = _Ask(**{**options, "listen": listen or "", "place": place or ""})  # type: ignore[arg-type]  # click's names
     if listen is not None:
         found = _of_client(ask, as_json)
-    elif os.path.exists(ask.place):
-        return _finish(_of_file(ask, keylog), replace(output, keylog=None))
+    elif (address := _address(ask.place)) is not None:
+        found = _of_server(ask, *address)
     else:
-        found = _of_server(ask)
+        return _finish(_of_file(ask, keylog), replace(output, keylog=None))
     return _finish(found, output)
 
 
@@ -199,15 +200,24 @@ def _reason(code: str, as_json: bool) -> int:
 # A server, called.
 
 
-def _of_server(ask: _Ask) -> Explanation:
-    host, port = parse_address(ask.place)
+def _address(place: str) -> tuple[str, int] | None:
+    """HOST:PORT, also as a URL; None for the path of a file. Raises InvalidInput (INPUT_ADDRESS)."""
+    if place.startswith("https://"):
+        host = place.removeprefix("https://").partition("/")[0]
+        return parse_address(host if re.search(r":[0-9]*$", host) else f"{host}:443")
+    if os.path.exists(place) or not re.fullmatch(r"[^/]*:[0-9]+", place):
+        return None
+    return parse_address(place)
+
+
+def _of_server(ask: _Ask, host: str, port: int) -> Explanation:
     own = _own(ask)
     name = ask.sni if ask.sni is not None else "" if _is_address(host) else host
     offer = Offer(name, own.credential, ask.protocols, ask.tls12)
     request = _REQUEST.format(host=name or join_address(host, port)).encode() if "http/1.1" in ask.protocols else b""
     recording = call(host, port, offer, ask.limits, request)
     shown = () if own.credential is None else own.credential.chain
-    known = Known(datetime.now(UTC), name or host, own=shown, chose_alpn=ask.alpn is not None)
+    known = Known(datetime.now(UTC), name or host, own=shown)
     if recording.done is None and not any(event.sender != recording.seen_from for event in recording.events):
         known = replace(known, small_works=_small_works(host, port, offer, ask.limits))
     found = explain(recording, known, own.bundle)

@@ -11,8 +11,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -34,7 +34,7 @@ from handfast.guard.metrics import Metrics, State
 from handfast.guard.places import Place, parse_place
 from handfast.guard.routes import Snapshot
 from handfast.guard.sandbox import confine, drop_privileges, forbid_core_dumps, runtime_paths
-from handfast.guard.schema import Config
+from handfast.guard.schema import Config, Mode
 from handfast.guard.service import Guard, bind, raise_descriptor_limit
 from handfast.guard.workers import Plan, Worker, auto_workers, bind_shared, deal, supervise
 
@@ -96,12 +96,10 @@ def run(config: Config, make: Make, telling: Telling) -> int:
     if config.user is not None:
         drop_privileges(config.user, config.group)
     forbid_core_dumps()
-    if config.sandbox:
-        _confine(config, assembly)
-    if count == 1:
-        with make() as assembly:
-            return serve(_serving(assembly, sockets, telling, admin=admin))
-    return _run_workers(config, make, telling, (count, sockets, admin))
+    if count > 1:
+        return _run_workers(config, make, telling, (count, sockets, admin))
+    with _confined(config, make) as assembly:
+        return serve(_serving(assembly, sockets, telling, admin=admin))
 
 
 def _run_workers(
@@ -111,23 +109,25 @@ def _run_workers(
     dealt = {listener.name: deal(sockets[listener.name], count) for listener in config.listeners}
     lock = _log_lock()
     log = _ParentLog(telling.as_json, lock)
+    names = {name: _address(sockets[name][0]) for name in dealt}
 
     def work(worker: Worker) -> int:
         own = {name: hands[worker.index] for name, hands in dealt.items()}
-        with make() as assembly:
+        with _confined(config, make) as assembly:
             quiet = replace(telling, ready=lambda urls: {})
             return serve(_serving(assembly, own, quiet, worker=worker, log_lock=lock))
 
     def oversee(worker: Worker) -> int:
         assert worker.report is not None
         assert admin is not None
-        with make() as assembly:
-            _loop(_serve_admin(config, assembly, worker, admin))
+        with _confined(config, make) as assembly:
+            _loop(_serve_admin(assembly, worker, admin, names))
         return 0
 
     def say(event: str, fields: dict[str, Any]) -> None:
         if event == "serving":
-            log.ready(telling.ready([_url(config, name, sockets[name][0]) for name in dealt]))
+            http = {listener.name: listener.mode is Mode.HTTP for listener in config.listeners}
+            log.ready(telling.ready([_as_url(http[name], address) for name, address in names.items()]))
         log.emit(event, fields)
 
     hands = [[plug for name in dealt for plug in dealt[name][index]] for index in range(count)]
@@ -140,7 +140,9 @@ def _run_workers(
         begin_hand_over=lambda: handover.begin(sockets, handover.own_command(), os.environ),
         drain=config.drain.total_seconds() + _LONGER,
     )
-    return supervise(plan)
+    code = supervise(plan)
+    log.stopped()
+    return code
 
 
 class _Process:
@@ -170,6 +172,7 @@ class _Process:
         event = serving.ready(urls)
         if serving.as_json and serving.worker is None:
             print_json({"event": "ready", **event})
+        self._tell_confinement()
         self._tell_ready()
         pulse = loop.create_task(self._pulse())
         await self._stop.wait()
@@ -224,6 +227,12 @@ class _Process:
         self._serving.assembly.reload()
         self._guard.refresh_now()
         self._tell_ready()
+
+    def _tell_confinement(self) -> None:
+        """Log how the process is confined; for people, only what is lacking."""
+        said = "" if self._serving.assembly is None else self._serving.assembly.confinement
+        if said and (self._serving.as_json or ";" in said or not said.startswith("confined")):
+            self._log.emit("sandbox", self._guard.now, {"detail": said})
 
     def _tell_ready(self) -> None:
         if self._serving.worker is not None:
@@ -300,23 +309,31 @@ class _Process:
             await asyncio.sleep(_PULSE)
 
 
-async def _serve_admin(config: Config, assembly: Assembly, worker: Worker, plug: socket.socket) -> None:
+async def _serve_admin(assembly: Assembly, worker: Worker, plug: socket.socket, names: Mapping[str, str]) -> None:
     """The admin process of several workers: shows what they report."""
     assert worker.report is not None
     reports, stop = Reports(worker.report), asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_reader(worker.report.fileno(), reports.read)
-    names = {listener.name: listener.listen for listener in config.listeners}
+    drains: list[tuple[int, float]] = []  # how many connections there were when it began, and when it ends
+
+    def drain() -> None:
+        left = monotonic() + assembly.config.drain.total_seconds()
+        drains.append((sum(reports.state()["connections"].values()), left))
+
+    def draining() -> Drain | None:
+        return Drain(of=drains[0][0], seconds_left=max(0.0, drains[0][1] - monotonic())) if drains else None
 
     def unready() -> list[str]:
-        return unready_for(reports.state(), time(), listening=True, draining=False)
+        return unready_for(reports.state(), time(), listening=True, draining=bool(drains))
 
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGUSR2, drain)  # the workers are told to stop; this one goes last
+    loop.add_reader(worker.report.fileno(), reports.read)
     admin = Admin(
         AdminFacts(
             state=reports.state,
             ready=unready,
-            status=lambda: status_of(reports.state(), names, unready(), None),
+            status=lambda: status_of(reports.state(), names, unready(), draining()),
             jwks=None if assembly.minter is None else assembly.minter.jwks,
         )
     )
@@ -341,9 +358,17 @@ class _ParentLog:
     def emit(self, event: str, fields: dict[str, Any]) -> None:
         EventLog.write_one(sys.stdout.buffer, event, fields, pretty=not self._as_json, lock=self._lock)
 
+    def stopped(self) -> None:
+        """The last word, as a guard of one process has it."""
+        with suppress(OSError):
+            if self._as_json:
+                self.emit("stopped", {})
+            else:
+                click.echo("goodbye")
+
 
 def _serving(assembly: Assembly, sockets: Mapping[str, list[socket.socket]], telling: Telling, **more: Any) -> Serving:
-    snapshot = assembly.build(datetime.now(UTC))
+    snapshot = assembly.build_newest(datetime.now(UTC))
     pairs = [(assembly.listeners[name], plug) for name, plugs in sockets.items() if name != _ADMIN for plug in plugs]
     return Serving(
         snapshot,
@@ -364,13 +389,33 @@ def _sockets(config: Config, count: int) -> dict[str, list[socket.socket]]:
     sockets: dict[str, list[socket.socket]] = {}
     for listener in config.listeners:
         place = parse_place(listener.listen)
-        sockets[listener.name] = before.pop(listener.name, []) or _take(place, given, count)
+        sockets[listener.name] = _kept(before, listener.name, place) or _take(place, given, count)
     if config.admin is not None:
-        sockets[_ADMIN] = before.pop(_ADMIN, []) or _take(parse_place(config.admin.listen), given, 1)
-    for plugs in before.values():  # of listeners that are no more
+        place = parse_place(config.admin.listen)
+        sockets[_ADMIN] = _kept(before, _ADMIN, place) or _take(place, given, 1)
+    for plugs in before.values():  # of listeners that are no more, or are elsewhere now
         for plug in plugs:
             plug.close()
     return sockets
+
+
+def _kept(before: dict[str, list[socket.socket]], name: str, place: Place) -> list[socket.socket]:
+    """The sockets that were handed over for a listener, if its address is still the one that they have."""
+    plugs = before.get(name, [])
+    return before.pop(name) if plugs and all(_is_at(plug, place) for plug in plugs) else []
+
+
+def _is_at(plug: socket.socket, place: Place) -> bool:
+    at = plug.getsockname()
+    if place.systemd:
+        return True
+    if place.path or not isinstance(at, tuple):
+        return bool(at == place.path)
+    try:
+        found = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)[0][4]
+    except (OSError, UnicodeError):
+        return False
+    return at[0] == found[0] and place.port in (0, at[1])
 
 
 def _take(place: Place, given: dict[str, list[socket.socket]], count: int) -> list[socket.socket]:
@@ -386,12 +431,49 @@ def _take(place: Place, given: dict[str, list[socket.socket]], count: int) -> li
     return bind_shared(family, address, count)
 
 
-def _confine(config: Config, assembly: Assembly) -> None:
-    """Let this process and its workers read their own files, and little else of the machine."""
-    read = {path.parent for path in assembly.files()} | {path.resolve().parent for path in assembly.files()}
-    write = [] if config.state is None else [config.state]
-    execute = [Path(sys.executable), Path(sys.executable).resolve(), Path("/lib64"), Path("/lib"), Path("/usr/lib")]
-    confine([*read, *runtime_paths(), Path("/proc")], write, execute)  # /proc: for the metrics of this process
+@contextmanager
+def _confined(config: Config, make: Make) -> Iterator[Assembly]:
+    """Make the assembly of a process that serves; the process may then read its own files, and little else.
+
+    The process that oversees workers stays as it is: it reads no byte of a client, and starts what takes over from
+    it, which may have files elsewhere.
+    """
+    with make() as assembly:
+        if config.sandbox:
+            folders = {path.parent for path in assembly.files()} | {path.resolve().parent for path in assembly.files()}
+            write = [] if config.state is None else [config.state]
+            execute = [Path(sys.executable), Path(sys.executable).resolve(), *map(Path, ("/lib64", "/lib", "/usr/lib"))]
+            # /proc: for the metrics of this process
+            said = assembly.confinement = confine([*folders, *runtime_paths(), Path("/proc")], write, execute)
+            if said.startswith("confined"):
+                assembly.reach = (*folders, *write)
+        yield assembly
+
+
+class TakenText:
+    """A Taken in a file without a name, which processes inherit."""
+
+    def __init__(self) -> None:
+        self._file = os.memfd_create("handfast-config") if hasattr(os, "memfd_create") else -1
+
+    def save(self, text: str) -> None:
+        """See Taken."""
+        data = text.encode()
+        if self._file >= 0 and data != self._read():
+            # In this order a reader that comes between finds a length that does not fit, and so nothing.
+            os.pwrite(self._file, (0).to_bytes(8), 0)
+            os.pwrite(self._file, data, 8)
+            os.pwrite(self._file, len(data).to_bytes(8), 0)
+
+    def load(self) -> str:
+        """See Taken."""
+        return self._read().decode()
+
+    def _read(self) -> bytes:
+        if self._file < 0:
+            return b""
+        size = int.from_bytes(os.pread(self._file, 8, 0))
+        return os.pread(self._file, size, 8)
 
 
 def _log_lock() -> int:
@@ -402,11 +484,6 @@ def _log_lock() -> int:
 def _address(plug: socket.socket) -> str:
     name = plug.getsockname()
     return str(Place(*name[:2])) if isinstance(name, tuple) else f"unix:{name}"
-
-
-def _url(config: Config, name: str, plug: socket.socket) -> str:
-    listener = next(one for one in config.listeners if one.name == name)
-    return _as_url(listener.mode.value == "http", _address(plug))
 
 
 def _as_url(http: bool, address: str) -> str:

@@ -15,12 +15,16 @@ from click.core import ParameterSource
 from handfast.authority import Authority
 from handfast.cli.opening import opened
 from handfast.cli.output import as_json_option, choice, example, first_line, key_passphrase_option, print_json
-from handfast.cli.running import Telling, run
+from handfast.cli.running import TakenText, Telling, run
+from handfast.errors import HandfastError
 from handfast.guard.assembly import Assembly, Feed
+from handfast.guard.assertion import Minter
 from handfast.guard.config import check_config, load_config
+from handfast.guard.handover import say_failed
 from handfast.guard.places import parse_place, parse_target
 from handfast.guard.schema import (
     AdminConfig,
+    AssertionConfig,
     Config,
     HeaderStyle,
     ListenerConfig,
@@ -99,23 +103,33 @@ def guard_(file: Path | None, check: bool, as_json: bool, **flags: Any) -> int |
     Without --allow, every client with a valid certificate of that authority is let through, as nginx does with
     ssl_verify_client on. A file says all that flags say, and more: many listeners, sites by server name, routes.
     """
-    if file is None:
-        config = _from_flags(flags, as_json)
-    else:
-        _refuse_flags()
-        config = load_config(file)
-        as_json = as_json or config.log is LogStyle.JSON
+    try:
+        if file is None:
+            config = _from_flags(flags, as_json)
+        else:
+            _refuse_flags()
+            config = load_config(file)
+            as_json = as_json or config.log is LogStyle.JSON
+        return _guard(config, file, check, as_json)
+    except HandfastError as error:
+        say_failed(error.failure)  # to the guard that this one was to take over from
+        raise
+
+
+def _guard(config: Config, file: Path | None, check: bool, as_json: bool) -> int:
+    minter = None if config.assertion is None else Minter(config.assertion)
+    taken = TakenText()
 
     @contextmanager
     def make() -> Iterator[Assembly]:
         with _feed(config) as feed:
-            yield Assembly(config, first_line, file, feed, config.workers or auto_workers())
+            yield Assembly(config, first_line, file, feed, config.workers or auto_workers(), minter, taken)
 
     if check:
         with make() as assembly:
             assembly.build(datetime.now(UTC))
         _say_checked(config, as_json)
-        return None
+        return 0
     return run(config, make, Telling(partial(_ready, config, as_json), as_json))
 
 
@@ -177,6 +191,7 @@ def _from_flags(flags: dict[str, Any], as_json: bool) -> Config:
         drain=parse_duration(flags["drain"]),
         listeners=(listener,),
         admin=None if flags["admin"] is None else AdminConfig(flags["admin"]),
+        assertion=AssertionConfig() if HeaderStyle.ASSERTION in site.headers else None,
     )
     check_config(config, "the flags")
     return config

@@ -337,7 +337,10 @@ class _Table:
             return known
         if len(self.streams) >= _MOST_STREAMS or (not begins and not payload and not flags & _SYN):
             return None
-        from_server = bool(flags & _SYN and flags & _ACK) or (payload[:1], payload[5:6]) == (b"\x16", b"\x02")  # ServerHello
+        from_server = bool(flags & _SYN and flags & _ACK) or (payload[:1], payload[5:6]) == (
+            b"\x16",
+            b"\x02",
+        )  # ServerHello
         client, server = (target, source) if from_server else (source, target)
         self._open.pop((server, client), None)
         stream = Stream(client, server, at)

@@ -110,6 +110,9 @@ def _added(explanation: Explanation, pen: _Pen) -> Iterator[str]:
     if explanation.sealed:
         yield "What mutual TLS added cannot be seen: it is encrypted."
         return
+    if not added.messages and not explanation.verdict.worked:
+        yield "The handshake did not get as far as what mutual TLS adds."
+        return
     if not added.messages:
         yield "Mutual TLS added nothing here: no client certificate was asked for."
         return

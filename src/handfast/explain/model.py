@@ -63,7 +63,6 @@ class Known:
     own: tuple[x509.Certificate, ...] = ()
     peer_faults: tuple[Failure, ...] | None = None
     anchors: tuple[x509.Certificate, ...] = ()
-    chose_alpn: bool = False  # the user, not we, said which protocols to offer
     small_works: bool | None = None  # a second try with a smaller ClientHello: it got an answer, or did not
 
 

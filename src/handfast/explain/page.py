@@ -160,6 +160,8 @@ def _added(explanation: Explanation) -> str:
     added = explanation.added
     if explanation.sealed:
         return "<h2>What mutual TLS added</h2><p>It cannot be seen: it is encrypted.</p>\n"
+    if not added.messages and not explanation.verdict.worked:
+        return "<h2>What mutual TLS added</h2><p>The handshake did not get that far.</p>\n"
     if not added.messages:
         return "<h2>What mutual TLS added</h2><p>Nothing: no client certificate was asked for.</p>\n"
     share = f" ({added.size * 100 // added.total} % of {added.total:,})" if added.total else ""

@@ -20,6 +20,7 @@ from handfast.wire.records import MAX_HANDSHAKE, Chunk, Side
 
 _MOST_ANSWER = 1 << 16  # bytes of application data that are read
 _READ = 1 << 16
+_MOST_READ = 4 << 20  # bytes of records of one connection
 _SPEAKS_FIRST = 0.25  # seconds in which a server that greets would have greeted
 
 
@@ -204,6 +205,9 @@ def _listen(
                     channel.close()
                     until = min(until, line.clock() + wait / 4)
                 line.send(channel.take())
+            if line.size > _MOST_READ:
+                course.ending = Ending.FULL
+                return None
             if len(course.answer) >= _MOST_ANSWER or (course.answer and not asked and _whole(course.answer)):
                 channel.close()
                 line.send(channel.take())

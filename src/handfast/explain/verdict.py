@@ -15,6 +15,7 @@ from handfast.errors import Failure, Reason
 from handfast.explain.advice import advice_for
 from handfast.explain.chain import load_chain, own_faults
 from handfast.explain.model import Ending, Known, Recording, Sure, Verdict, Who
+from handfast.explain.reasons import who_acts
 from handfast.explain.refusals import Cause, certificate_cause, is_about_certificate
 from handfast.explain.scene import Scene, plain_speech, scene_of
 from handfast.pki.verification import Purpose
@@ -128,7 +129,9 @@ def _version(scene: Scene, said: str) -> Verdict:
         " other has: TLS 1.3 on both is best."
     )
     headline = "client and server share no TLS version"
-    return _verdict(Reason.TLS_VERSION, headline, text, Who.CLIENT, f"handfast explain {scene.place} --tls1.2")
+    if scene.hello and "TLS 1.3" in scene.hello.versions:  # so the server has only what is older than all of them
+        return _verdict(Reason.TLS_VERSION, headline, text, Who.SERVER)
+    return _verdict(Reason.TLS_VERSION, headline, text, Who.CLIENT, f"handfast explain {scene.place}")
 
 
 def _no_common(scene: Scene, said: str) -> Verdict:
@@ -227,8 +230,7 @@ def _in_words(scene: Scene) -> Verdict | None:
         if ours[0].code.startswith(("verify.", "ended.", "policy.")):
             cause = Cause(Failure(ours[0], _facts_of(scene, ours[0])))
             return _certificate(scene, Side.CLIENT, cause, f"with the HTTP status {status}{identifier}")
-        text = f"The guard answered {status}{identifier}: {Failure(ours[0]).message}. {Failure(ours[0]).hint}"
-        return _verdict(ours[0], f"the guard refused the request: {ours[0].code}", text.strip(), Who.CLIENT)
+        return _no_refusal(ours[0], f"The guard answered {status}{identifier}")
     if status in (400, 496) and b"No required SSL certificate was sent" in body:
         cause = Cause(Failure(Reason.VERIFY_NO_CERTIFICATE))
         return _certificate(scene, Side.CLIENT, cause, f"with the HTTP status {status}, as nginx does")
@@ -238,6 +240,14 @@ def _in_words(scene: Scene) -> Verdict | None:
         cause = Cause(Failure(Reason.POLICY_DENIED, {"rule": "of Envoy (RBAC)"}))
         return _certificate(scene, Side.CLIENT, cause, "with the HTTP status 403, as Envoy does")
     return None
+
+
+def _no_refusal(reason: Reason, said: str) -> Verdict:
+    """The guard let the client in; what it answers is about the request or the app."""
+    failure = Failure(reason)
+    detail = "" if "?" in failure.message else f" In words: {failure.message}."
+    text = f"The handshake worked on both sides. {said} with {reason.code}, which is not about a certificate.{detail}"
+    return replace(_verdict(reason, f"TLS works; then {reason.code}", text, who_acts(reason)), worked=True)
 
 
 def _our_refusal(body: bytes) -> tuple[Reason, str] | None:
@@ -289,22 +299,22 @@ def _sealed(scene: Scene) -> Verdict | None:
 
 
 def _broken(scene: Scene) -> Verdict | None:
-    """What our own engine, as the client, could not take of the server."""
-    broken = scene.recording.broken
-    if broken is None or scene.us is not Side.CLIENT or broken.reason is Reason.TLS_CLOSED:
+    """What our own engine could not take of the far side."""
+    broken, us = scene.recording.broken, scene.us
+    if broken is None or us is None or broken.reason is Reason.TLS_CLOSED:
         return None
-    text = f"Our TLS engine could not go on with what {scene.place} sent: {broken.message}."
+    text = f"Our TLS engine could not go on with what the {us.other} sent: {broken.message}."
     match broken.reason:
         case Reason.TLS_VERSION:
             return _version(scene, "The server chose a TLS version that this client does not take")
         case Reason.TLS_BAD_PROOF:
-            return _certificate(scene, Side.SERVER, Cause(broken), "(its signature does not verify)")
-    return _verdict(broken.reason, "the handshake broke off on our side", text, Who.SERVER)
+            return _certificate(scene, us.other, Cause(broken), "(its signature does not verify)")
+    return _verdict(broken.reason, "the handshake broke off on our side", text, _who(us.other))
 
 
 def _unanswered(scene: Scene) -> Verdict | None:
     recording = scene.recording
-    if recording.done is not None or recording.ending not in (Ending.CUT, Ending.RESET, Ending.TIMEOUT, Ending.FULL):
+    if recording.done is not None or (scene.us is None and recording.ending is Ending.QUIET):
         return None
     far = scene.us.other if scene.us else Side.SERVER
     if recording.ending is Ending.FULL:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from cryptography import x509
 from handfast.errors import HandfastError, InvalidInput, Reason
 from handfast.files import read_file
 from handfast.guard.assertion import Minter
-from handfast.guard.config import load_config, parse_rules
+from handfast.guard.config import parse_config, parse_rules, read_config
 from handfast.guard.connection import Limits, Listener
 from handfast.guard.limits import Gate, Rate, Rates
 from handfast.guard.places import Target, parse_target
@@ -30,6 +30,7 @@ from handfast.guard.schema import (
     LimitsConfig,
     ListenerConfig,
     Mode,
+    Ocsp,
     ProxyProtocol,
     RouteConfig,
     SiteConfig,
@@ -51,8 +52,9 @@ from handfast.wire.http1 import Header
 
 MAX_CRL = 64 << 20  # bytes; a list of a million entries has about 36 MiB
 _H2, _HTTP1 = b"h2", b"http/1.1"
-# Backends by what `to` says, with what they were made of: the configuration, and seconds to connect.
-_Groups = dict[str, tuple[UpstreamConfig, float, Upstreams]]
+_RETRY = timedelta(seconds=30)  # after which a reload that failed is tried again, though nothing changed
+# Backends by what `to` says and the seconds to connect, with the configuration that they were made of.
+_Groups = dict[tuple[str, float], tuple[UpstreamConfig, Upstreams]]
 
 
 class Feed(Protocol):
@@ -68,11 +70,23 @@ class Feed(Protocol):
         """What it has revoked."""
 
 
+class Taken(Protocol):
+    """The text of the configuration that was last put in force, for all processes of a guard."""
+
+    def save(self, text: str) -> None:
+        """Another one is in force."""
+
+    def load(self) -> str:
+        """Return it; '' while it is the one that the guard was started with."""
+
+
 @dataclass(slots=True)
 class Assembly:
     """Makes what a guard runs. `source`: the file that the configuration came from, to be read again on change.
 
-    `workers`: how many processes share the listeners, and so the limits that count connections.
+    `workers`: how many processes share the listeners, and so the limits that count connections. `minter`: one for
+    all of them, or what one signs could not be checked with the keys that another publishes. `confinement` says how
+    the process is confined, and `reach` which folders that leaves open; None: all.
     """
 
     config: Config
@@ -81,13 +95,18 @@ class Assembly:
     feed: Feed | None = None
     workers: int = 1
     minter: Minter | None = None
+    taken: Taken | None = None
+    confinement: str = ""
+    reach: tuple[Path, ...] | None = None
     listeners: dict[str, Listener] = field(default_factory=dict)
     certificates: dict[str, datetime] = field(default_factory=dict)  # listener and names -> when it expires
     _groups: _Groups = field(default_factory=dict)
     _generation: int = 0
     _revision: int = -1
     _watch: Watch = field(default_factory=lambda: Watch(()))
-    _forced: bool = False
+    _forced: bool = False  # by SIGHUP
+    _pending: bool = False  # a change was seen, and not acted on yet
+    _again: datetime | None = None  # when to try once more what failed
 
     def __post_init__(self) -> None:
         if self.minter is None and self.config.assertion is not None:
@@ -110,13 +129,40 @@ class Assembly:
 
     def refresh(self, now: datetime) -> Snapshot | None:
         """Return a new snapshot if anything changed, else None. Raises HandfastError; what is in force then stays."""
-        changed = bool(self._watch.changed()) or self._forced
+        if self._forced:  # all is read now: what changed until now is no news in the next tick
+            self._forced, self._watch = False, Watch(self._files(self.config))
+            self._pending = True
+        elif self._watch.changed() or (self._again is not None and now >= self._again):
+            self._pending = True
         if self.feed is not None and self.feed.revision() != self._revision:
-            changed = True
-        if not changed:
+            self._pending = True
+        if not self._pending:
             return None
-        self._forced = False
-        config = self.config if self.source is None else load_config(self.source)
+        self._pending, self._again = False, now + _RETRY
+        snapshot = self._adopt(None if self.source is None else read_config(self.source), now)
+        self._again = None
+        return snapshot
+
+    def build_newest(self, now: datetime) -> Snapshot:
+        """Build what the file says now, or else what it said when it was last taken: by the guard's other workers.
+
+        For a worker that is started anew. Raises HandfastError.
+        """
+        self._watch.follow(self._files(self.config))
+        if self.source is None:
+            return self._adopt(None, now)
+        try:
+            return self._adopt(read_config(self.source), now)
+        except HandfastError:
+            self._again = now + _RETRY
+            return self._adopt((self.taken.load() or None) if self.taken is not None else None, now)
+
+    def _adopt(self, text: str | None, now: datetime) -> Snapshot:
+        """Make a snapshot of what the file says (None: of what is in force already). Raises HandfastError."""
+        config = self.config
+        if text is not None:
+            assert self.source is not None
+            config = parse_config(text, str(self.source), self.source.absolute().parent)
         self._watch.follow([*self._files(self.config), *self._files(config)])
         self._refuse_lasting(config)
         snapshot = self._build(config, now)
@@ -127,6 +173,8 @@ class Assembly:
             running.limits, running.proxy_from = _limits(listener.limits), listener.proxy_protocol_from
             if running.gate is not None:
                 running.gate.change(_rates(listener.limits).share(self.workers))
+        if text is not None and self.taken is not None:
+            self.taken.save(text)
         return snapshot
 
     def files(self) -> list[Path]:
@@ -135,7 +183,7 @@ class Assembly:
 
     def upstreams(self) -> list[Upstreams]:
         """The groups of backends in force."""
-        return [group for _, _, group in self._groups.values()]
+        return [group for _, group in self._groups.values()]
 
     def reload(self) -> None:
         """Have the next `refresh` read everything again (SIGHUP)."""
@@ -145,50 +193,50 @@ class Assembly:
         """What cannot change while the guard runs must not seem to."""
         now = {one.name: (one.listen, one.mode) for one in self.config.listeners}
         then = {one.name: (one.listen, one.mode) for one in config.listeners}
-        fixed = ("workers", "user", "group", "log", "admin", "assertion", "state")
+        fixed = ("workers", "user", "group", "log", "drain", "sandbox", "admin", "assertion", "state")
         changed = [key for key in fixed if getattr(config, key) != getattr(self.config, key)]
         if now != then:
             changed.append("the listeners' names, addresses or modes")
+        if self.minter is not None and config.assertion is not None and not self.minter.has_key_of(config.assertion):
+            changed.append("the key of assertion")
+        if self.reach is not None:
+            beyond = [path for path in self._files(config) if not _below(path, self.reach)]
+            if beyond:
+                changed.append(f"the folders that files are in (the sandbox is closed to {beyond[0].parent})")
         if changed:
             raise HandfastError(Reason.GUARD_RESTART, what=", ".join(changed))
 
     def _build(self, config: Config, now: datetime) -> Snapshot:
-        revision = -1 if self.feed is None else self.feed.revision()  # before the lists: a later change is seen later
-        groups: _Groups = {}
-        certificates: dict[str, datetime] = {}
+        revision, making = -1, _Making(config, now)
+        if self.feed is not None:
+            revision = self.feed.revision()  # before the lists: a later change is seen later
+            making.bundle, making.revocations = self.feed.bundle(), self.feed.revocations(now)
         sites = {
-            listener.name: Sites(
-                [self._site(config, listener, site, (now, groups, certificates)) for site in listener.all_sites]
-            )
+            listener.name: Sites([self._site(making, listener, site) for site in listener.all_sites])
             for listener in config.listeners
         }
         self._generation += 1
-        self._groups, self.certificates, self._revision = groups, certificates, revision
+        self._groups, self.certificates, self._revision = making.groups, making.certificates, revision
         return Snapshot(sites, self._generation)
 
-    def _site(
-        self,
-        config: Config,
-        listener: ListenerConfig,
-        site: SiteConfig,
-        made: tuple[datetime, _Groups, dict[str, datetime]],
-    ) -> Site:
-        now, groups, certificates = made
-        http = listener.mode is Mode.HTTP
+    def _site(self, making: _Making, listener: ListenerConfig, site: SiteConfig) -> Site:
+        now, http = making.now, listener.mode is Mode.HTTP
         assert site.cert is not None
         assert site.key is not None
+        if site.ocsp is not Ocsp.OFF:  # never pass for asked what is not
+            raise InvalidInput(Reason.GUARD_SITES, detail="ocsp is not asked by this version; write crl, or state")
         opens = None
         if site.key_passphrase_file is not None:
             opens = self.passphrase(site.key_passphrase_file)
         credential = load_credential(site.cert, site.key, opens)
         check_server(credential, now)
-        bundle, revocations = self._trust(site)
+        bundle = making.trust(site)
         if bundle.anchors:
             check_time(bundle.anchors, now)
         terms = Terms(
             bundle,
             Purpose.CLIENT,
-            revocations=revocations,
+            revocations=making.revocations,
             crls=_crls(site.crl, bundle),
             legacy=site.legacy_certs,
             depth=site.verify_depth,
@@ -204,63 +252,44 @@ class Assembly:
             alpn=alpn,
         )
         context = ServerContext(credential, terms, settings)
-        certificates[f"{listener.name} {' '.join(site.names)}".strip()] = credential.chain[0].not_valid_after_utc
+        making.certificates[f"{listener.name} {' '.join(site.names)}".strip()] = credential.chain[0].not_valid_after_utc
         policy = _policy(site, bundle.trust_domain)
-        routes = [self._route(config, listener, site, route, (policy, groups)) for route in site.routes]
-        if site.to is not None:
-            whole = RouteConfig()
-            routes.append(self._route(config, listener, site, whole, (policy, groups)))
+        asked = [*site.routes, RouteConfig()] if site.to is not None else site.routes
+        routes = [self._route(making, (listener, site, route), policy, bundle.trust_domain) for route in asked]
         identify, renew = self._identify(site, credential.chain[0])
         nameless = site.default or not site.names or len(listener.all_sites) == 1
         return Site(context, tuple(routes), site.names, nameless, identify, renew)
 
-    def _trust(self, site: SiteConfig) -> tuple[TrustBundle, Revocations]:
-        if site.client_ca is not None:
-            return replace(load_bundle(site.client_ca), trust_domain=site.trust_domain), NO_REVOCATIONS
-        if self.feed is not None and site.client_auth is not ClientAuth.OFF:
-            return self.feed.bundle(), self.feed.revocations(datetime.now(UTC))
-        return TrustBundle(()), NO_REVOCATIONS
-
     def _route(
         self,
-        config: Config,
-        listener: ListenerConfig,
-        site: SiteConfig,
-        route: RouteConfig,
-        made: tuple[Policy, _Groups],
+        making: _Making,
+        where: tuple[ListenerConfig, SiteConfig, RouteConfig],
+        policy: Policy,
+        trust_domain: str | None,
     ) -> Route:
-        policy, groups = made
+        listener, site, route = where
         to = route.to or site.to
         assert to is not None
         client_auth = site.client_auth if route.client_auth is None else route.client_auth
         return Route(
-            upstreams=self._group(config, listener, to, groups),
-            policy=policy if route.allow is None else parse_policy(route.allow, site.trust_domain),
-            anonymous=client_auth is not ClientAuth.REQUIRED,
+            upstreams=self._group(making, listener, to),
+            policy=policy if route.allow is None else parse_policy(route.allow, trust_domain),
+            anonymous=client_auth in (ClientAuth.OPTIONAL, ClientAuth.OFF),
             path=None if route.path == "/**" else parse_path(route.path),
             methods=frozenset(method.encode() for method in route.methods),
         )
 
-    def _group(
-        self,
-        config: Config,
-        listener: ListenerConfig,
-        to: str,
-        groups: _Groups,
-    ) -> Upstreams:
-        asked = config.upstream(to)
+    def _group(self, making: _Making, listener: ListenerConfig, to: str) -> Upstreams:
+        asked = making.config.upstream(to)
         connect = (asked.connect or listener.limits.connect).total_seconds()
-        made = groups.get(to)
-        if made is not None and made[:2] == (asked, connect):
-            return made[2]
-        old = self._groups.get(to)
-        if old is not None and old[:2] == (asked, connect) and old[2].handshake is None:
-            group = old[2]  # with its counts and health; TLS files may have changed, so such groups are made anew
-        else:
-            group = _upstreams(to, asked, connect, self.feed)
-            if old is not None:
-                _carry_over(old[2], group)
-        groups[to] = asked, connect, group
+        if (made := making.groups.get((to, connect))) is not None:
+            return made[1]
+        old = self._groups.get((to, connect))
+        if old is not None and old[0] == asked and old[1].handshake is None:
+            group = old[1]
+        else:  # the files of TLS may have changed, so such groups are made anew
+            group = making.upstreams(to, connect, () if old is None else old[1].backends)
+        making.groups[to, connect] = asked, group
         return group
 
     def _identify(self, site: SiteConfig, leaf: x509.Certificate) -> tuple[Identify, float]:
@@ -295,6 +324,8 @@ class Assembly:
                 files += [site.cert, site.key, site.client_ca, site.allow_file, site.key_passphrase_file, *site.crl]
         for upstream in config.upstreams.values():
             files += [upstream.ca, upstream.cert, upstream.key]
+        if config.assertion is not None:
+            files.append(config.assertion.key)
         return list(dict.fromkeys(path for path in files if path is not None))
 
 
@@ -341,29 +372,50 @@ def _crls(files: tuple[Path, ...], bundle: TrustBundle) -> CrlSet | None:
     return check_crls(lists, bundle.anchors)
 
 
-def _upstreams(name: str, asked: UpstreamConfig, connect: float, feed: Feed | None) -> Upstreams:
-    targets = tuple(parse_target(text) for text in asked.targets)
-    return Upstreams(
-        name=name,
-        backends=tuple(Backend(target) for target in targets),
-        handshake=_caller(asked, feed) if any(target.tls for target in targets) else None,
-        round_robin=asked.balance is Balance.ROUND_ROBIN,
-        retries=asked.retries,
-        connect=connect,
-        response=None if asked.response is None else asked.response.total_seconds(),
-        proxy=asked.proxy_protocol is not ProxyProtocol.OFF,
-        proxy_certificate=asked.proxy_protocol is ProxyProtocol.V2_CERT,
-        health=asked.health,
-    )
+@dataclass(slots=True)
+class _Making:
+    """A snapshot while it is made. `bundle` and `revocations` are the authority's, read once for all sites."""
+
+    config: Config
+    now: datetime
+    bundle: TrustBundle = field(default_factory=lambda: TrustBundle(()))
+    revocations: Revocations = NO_REVOCATIONS
+    groups: _Groups = field(default_factory=dict)
+    certificates: dict[str, datetime] = field(default_factory=dict)
+
+    def trust(self, site: SiteConfig) -> TrustBundle:
+        """Whom the site believes. What the authority revoked is revoked under `client_ca` too: it may be its own."""
+        if site.client_ca is not None:
+            return replace(load_bundle(site.client_ca), trust_domain=site.trust_domain)
+        return TrustBundle(()) if site.client_auth is ClientAuth.OFF else self.bundle
+
+    def upstreams(self, name: str, connect: float, before: tuple[Backend, ...]) -> Upstreams:
+        """The group that `name` means. Targets that were there before keep their counts and health."""
+        asked = self.config.upstream(name)
+        targets = tuple(parse_target(text) for text in asked.targets)
+        known = {backend.target: backend for backend in before}
+        backends = tuple(known.get(target) or Backend(target) for target in targets)
+        if asked.health is None:
+            for backend in backends:
+                backend.healthy = True
+        secure = any(target.tls for target in targets)
+        bundle = self.bundle if asked.ca is None else load_bundle(asked.ca)
+        return Upstreams(
+            name=name,
+            backends=backends,
+            handshake=_caller(asked, bundle, self.revocations) if secure else None,
+            round_robin=asked.balance is Balance.ROUND_ROBIN,
+            retries=asked.retries,
+            connect=connect,
+            response=None if asked.response is None else asked.response.total_seconds(),
+            proxy=asked.proxy_protocol is not ProxyProtocol.OFF,
+            proxy_certificate=asked.proxy_protocol is ProxyProtocol.V2_CERT,
+            health=asked.health,
+        )
 
 
-def _caller(asked: UpstreamConfig, feed: Feed | None) -> Callable[[Target], Handshake]:
+def _caller(asked: UpstreamConfig, bundle: TrustBundle, revocations: Revocations) -> Callable[[Target], Handshake]:
     """What begins TLS towards a target: read once, and a context for each target's own name."""
-    if asked.ca is not None:
-        bundle = load_bundle(asked.ca)
-    else:
-        assert feed is not None  # find_conflicts
-        bundle = feed.bundle()
     credential = None
     if asked.cert is not None and asked.key is not None:
         credential = load_credential(asked.cert, asked.key)
@@ -375,7 +427,7 @@ def _caller(asked: UpstreamConfig, feed: Feed | None) -> Callable[[Target], Hand
         if context is None:
             host = asked.server_name or target.host
             name: Name | None = parse_name(host) if expect is None else None
-            terms = Terms(bundle, Purpose.SERVER, name=name)
+            terms = Terms(bundle, Purpose.SERVER, name=name, revocations=revocations)
             alpn = (_H2,) if target.speech.value == "h2" else ()
             settings = ClientSettings(server_name_of(host) if host else None, expect, alpn=alpn)
             context = contexts[target] = ClientContext(credential, terms, settings)
@@ -388,10 +440,6 @@ def _caller(asked: UpstreamConfig, feed: Feed | None) -> Callable[[Target], Hand
     return begin
 
 
-def _carry_over(old: Upstreams, new: Upstreams) -> None:
-    """Targets that stay keep their health."""
-    known = {backend.target: backend for backend in old.backends}
-    for backend in new.backends:
-        before = known.get(backend.target)
-        if before is not None:
-            backend.healthy, backend.refusals, backend.rest_until = before.healthy, before.refusals, before.rest_until
+def _below(path: Path, folders: tuple[Path, ...]) -> bool:
+    """Whether a file is in reach, where it is named and where that leads."""
+    return all(any(folder in one.parents for folder in folders) for one in (path, path.resolve()))

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from handfast.errors import InvalidInput, Reason
 from handfast.files import generate_key, load_key
 from handfast.guard.schema import AssertionConfig
-from handfast.pki.keys import KeyType
+from handfast.pki.keys import KeyType, same_key
 from handfast.pki.verification import VerifiedPeer
 from handfast.wire.assertion import Assertion, assertion_key, jwks, sign_assertion
 from handfast.wire.http1 import Header
@@ -44,6 +44,10 @@ class Minter:
             thumbprint=peer.leaf.fingerprint(hashes.SHA256()),
         )
         return HEADER, sign_assertion(self._key, claims)
+
+    def has_key_of(self, config: AssertionConfig) -> bool:
+        """Whether it signs with the key that the configuration names. Raises InvalidInput."""
+        return config.key is None or same_key(load_key(config.key).public_key(), self._key.private.public_key())
 
     def jwks(self) -> dict[str, Any]:
         """Return the key set to publish (RFC 7517 5)."""

@@ -53,15 +53,19 @@ _COMMENT = re.compile(r"(?:^|\s)#.*")
 def load_config(path: Path) -> Config:
     """Read `handfast.toml`. Relative paths in it are below its folder.
 
-    Raises InvalidInput as `read_file` and `parse_config` do.
+    Raises InvalidInput as `read_config` and `parse_config` do.
     """
+    return parse_config(read_config(path), str(path), path.absolute().parent)
+
+
+def read_config(path: Path) -> str:
+    """Read the text of `handfast.toml`. Raises InvalidInput as `read_file` does, and for what is not UTF-8."""
     data = read_file(path, "configuration")
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise _refusal(str(path), [Problem(f"line {line}", "is not UTF-8, which TOML is written in")]) from None
-    return parse_config(text, str(path), path.absolute().parent)
 
 
 def parse_config(text: str, where: str, folder: Path) -> Config:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from handfast.errors import Failure, Reason
 from handfast.guard.entry import Announced, Gone, Handshaking, Lingering
 from handfast.guard.events import Logged, told
+from handfast.guard.http import HttpSession
 from handfast.guard.limits import Gate
 from handfast.guard.places import join_address
 from handfast.guard.routes import Site
@@ -191,11 +192,13 @@ class Connection(asyncio.Protocol):
     # What the guard calls.
 
     def tick(self, moment: float, now: datetime) -> None:
-        """Act on the deadline and on the end of trust by time. `moment` is on the clock of `moment()`."""
+        """Act on the deadline and on the end of trust by time. `moment` is on the clock of `monotonic`."""
         if moment >= self.deadline:
             self._have(self._state.expired)
         elif self.peer is not None and now >= self.peer.not_after:
             self.end_trust(Failure(Reason.ENDED_EXPIRED))
+        elif isinstance(self._state, HttpSession):
+            self._state.rest(moment)
 
     def recheck(self, now: datetime) -> None:
         """Act on a new snapshot: a peer that it does not trust, or cannot judge, is cut off."""

@@ -91,6 +91,11 @@ class Door:
             self._known[method, path, host] = judged
         return judged
 
+    def forget(self) -> None:
+        """Keep nothing of what was judged."""
+        self._known.clear()
+        self._rules.clear()
+
     def allows(self, method: bytes, path: bytes) -> bool:
         """Whether what is under way may go on under the site now in force (a websocket)."""
         return not isinstance(self._decide(self._connection.site, method, path), Failure)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from handfast.guard.connection import Connection
 
 _SAFE = frozenset({b"GET", b"HEAD", b"OPTIONS"})  # RFC 9110 9.2.1: asking twice does what asking once does
+REST = 10.0  # seconds without a request after which a connection keeps no more than it must
 _NO_BODY = body_reader(BodyKind.NONE, 0)
 # What is said of one request, and not of those that may follow it on the connection.
 _OTHERS_MAY = frozenset(
@@ -74,7 +75,7 @@ class HttpSession:
 
     __slots__ = (
         *("_answers", "_blocked", "_buffer", "_channel", "_closed", "_connection", "_count", "_dialling", "_door"),
-        *("_exchange", "_finishing", "_full", "_head_begun", "_reading", "_requests", "_unread", "_upstream"),
+        *("_exchange", "_finishing", "_full", "_head_begun", "_reading", "_requests", "_rested", "_unread", "_upstream"),
         "_upstreams",
     )
 
@@ -94,6 +95,7 @@ class HttpSession:
         self._blocked = False  # the way to the client is full
         self._closed = False  # all is said
         self._head_begun = False
+        self._rested = False
         self._count = 0
         self._requests = Requests(door.headers(), strip_override if door.strips_overrides else strip)
         self._answers = Answers()
@@ -169,6 +171,18 @@ class HttpSession:
         self._finishing = True
         if self._exchange is None and not self._buffer:
             self._close()
+
+    def rest(self, moment: float) -> None:
+        """Give back what an idle connection does not need; `moment` is on the clock of `monotonic`."""
+        connection = self._connection
+        idle = moment - (connection.deadline - connection.limits.idle)
+        if self._rested or self._exchange is not None or self._dialling is not None or idle < REST:
+            return
+        self._rested = True
+        self._drop_upstream()
+        self._requests.forget()
+        self._answers = Answers()
+        self._door.forget()
 
     def still_allowed(self) -> bool:
         """Whether what is under way is: a websocket goes on; another request is judged anyway."""
@@ -306,6 +320,7 @@ class HttpSession:
     # The request, on its way to the app.
 
     def _forward(self, head: RequestHead, admission: Admission) -> None:
+        self._rested = False
         connection, upstreams = self._connection, admission.route.upstreams
         self._requests.set_by(self._door.headers(), strip_override if self._door.strips_overrides else strip)
         sent = self._requests.rewrite(head)

@@ -346,6 +346,22 @@ def _in_site(config: Config, site: SiteConfig, table: str) -> Iterator[Problem]:
                 'client_auth = "optional" for the site and "required" for the routes that need one'
             )
             yield Problem(f"{spot}.client_auth", detail, (f"{table}.client_auth",))
+    if site.client_auth is ClientAuth.OPTIONAL:
+        yield from _rules_of_open_routes(site, table)
+
+
+def _rules_of_open_routes(site: SiteConfig, table: str) -> Iterator[Problem]:
+    """Rules that nobody would be held to: who shows no certificate is let in beside them."""
+    for at, route in enumerate(site.routes):
+        if route.allow is not None and route.client_auth is not ClientAuth.REQUIRED:
+            detail = 'binds nobody while clients without a certificate are let in; write client_auth = "required" here'
+            reads = (f"{table}.route[{at}].client_auth", f"{table}.client_auth")
+            yield Problem(f"{table}.route[{at}].allow", detail, reads)
+    if not any(route.client_auth is ClientAuth.REQUIRED and route.allow is None for route in site.routes):
+        detail = 'binds nobody: client_auth = "optional", and no route requires a certificate and leaves out allow'
+        for key, given in (("allow", bool(site.allow)), ("allow_file", site.allow_file is not None)):
+            if given:
+                yield Problem(f"{table}.{key}", detail, (f"{table}.client_auth", f"{table}.route"))
 
 
 def _rules_about_nobody(site: SiteConfig, table: str) -> Iterator[Problem]:

@@ -24,7 +24,7 @@ from handfast.guard.places import Place, join_address
 from handfast.guard.routes import Snapshot
 
 TICK = 0.5  # seconds; a trust that ended is acted on within two of them
-FLUSH = 0.05  # seconds that an event may wait for its line in the log
+FLUSH = 0.1  # seconds that an event may wait for its line in the log
 BACKLOG = 4096
 
 

@@ -68,7 +68,13 @@ class Tunnel:
 
     def received(self, data: bytes) -> None:
         """Records from the client."""
-        self._channel.feed(data)
+        channel, upstream = self._channel, self._upstream
+        channel.feed(data)
+        if upstream is not None and not self._full and (plain := channel.read()):
+            self._in += len(plain)
+            upstream.write(plain)
+            if not channel.more and not channel.at_eof:
+                return  # what TLS itself may have to answer goes out with the next bytes
         self._pump()
 
     def ended(self) -> None:

@@ -192,7 +192,11 @@ class Upstream(asyncio.Protocol):
     def eof_received(self) -> bool:
         """See asyncio.Protocol."""
         if (owner := self._owner) is not None:
-            _tell(owner, owner.upstream_ended)
+            if _was_reset(self._transport):
+                self._owner = None
+                _tell(owner, owner.upstream_lost, True)
+            else:
+                _tell(owner, owner.upstream_ended)
         return self._owner is not None
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -376,6 +380,12 @@ class SecureUpstream(asyncio.Protocol):
             self._transport.write(records)
         if channel.at_eof:
             owner.upstream_ended()
+
+
+def _was_reset(transport: asyncio.Transport) -> bool:
+    """Whether an end is none: libuv tells of a reset that comes together with bytes as of an end after them."""
+    plug = transport.get_extra_info("socket")
+    return plug is not None and plug.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
 
 
 def _abort(transport: asyncio.Transport, cut: bool) -> None:

@@ -82,7 +82,8 @@ class Plan:
     `run` is called in each worker, again in each of its lives, in a process without threads or an event loop: it
     reads its settings itself, so that a restart gets those of today, and returns an exit code. SIGTERM asks it to
     drain and end, SIGHUP to read its settings anew. SIGINT it never gets: Ctrl-C in a terminal reaches the parent.
-    `admin`, if there is one, is run likewise, and is the last to stop. `say` gets each event; it must not block.
+    `admin`, if there is one, is run likewise, and is the last to stop; it gets SIGUSR2 when the others are told to
+    stop, and may ignore it. `say` gets each event; it must not block.
     `begin_hand_over` is called at SIGUSR2.
     """
 
@@ -343,6 +344,7 @@ class _Supervisor:
             self.attempt.give_up("the old process was told to stop")
             self.attempt = None
         self._send(signal.SIGTERM, [child for child in self.children if child.index >= 0])
+        self._send(signal.SIGUSR2, [child for child in self.children if child.index < 0])
         for child in self.children:
             child.due = None
             if child.index >= 0:

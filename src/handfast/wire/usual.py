@@ -101,7 +101,7 @@ class Requests:
             found = _REQUEST_LINE.fullmatch(line)
             if found is not None and found[1] not in _NOT_HERE:
                 return known._replace(method=found[1], target=found[2], path=found[3])
-        self._forget()
+        self.forget()
         parsed = parse_request_head(head)
         if (
             parsed.body is BodyKind.NONE
@@ -135,6 +135,7 @@ class Requests:
             self._rest = b""
             self._by_line.clear()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Keep nothing of what was seen."""
         self._head, self._lines, self._rest = None, b"", b""
         self._by_line.clear()
