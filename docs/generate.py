@@ -9,10 +9,12 @@ from pathlib import Path
 
 import click
 
+from handfast.audit.catalogue import CHECKS
 from handfast.cli.main import handfast
 from handfast.errors import Exit, Reason
 from handfast.files import MAX_FILE
-from handfast.guard.service import TICK, Limits
+from handfast.guard.config import KEYS
+from handfast.guard.service import TICK
 from handfast.pki.names import Kind, Pattern, parse_name, parse_pattern
 from handfast.pki.profiles import BACKDATE, PROFILES, Profile
 from handfast.pki.verification import MAX_CHAIN, Identity, TrustBundle, VerifiedPeer
@@ -46,6 +48,8 @@ def pages() -> dict[str, str]:
         "profiles.md": profiles(),
         "policy.md": policy(),
         "glossary.md": glossary(),
+        "configuration.md": configuration(),
+        "checks.md": checks(),
     }
     return {name: f"{NOTE}\n{text.strip()}\n" for name, text in made.items()}
 
@@ -97,24 +101,65 @@ _EXITS = {
 
 
 def limits() -> list[str]:
-    """What bounds a guard and what it reads; none of it can be set from the command yet."""
-    times = Limits()
+    """What bounds a guard and cannot be set; what can be is in the configuration."""
     rows = [
-        (f"{times.handshake:g} s", "from the connection to the end of its handshake"),
-        (f"{times.head:g} s", "from the first byte of a request to the end of its head"),
-        (f"{times.idle:g} s", "without a byte, or between two requests"),
-        (f"{times.connect:g} s", "to connect to the app"),
-        (f"{times.response:g} s", "from the request to the head of the app's answer"),
-        (f"{times.drain:g} s", "for open requests, once the guard is told to stop"),
-        (f"{TICK:g} s", "between two looks at revocations, renewals and the ends of certificates"),
+        (f"{TICK:g} s", "between two looks at revocations, renewals, files and the ends of certificates"),
         (f"{MAX_HEAD // 1024} KiB", "the head of a request"),
         (f"{MAX_HEADERS}", "header lines in it"),
         (f"{MAX_TRAILER // 1024} KiB", "the trailer of a chunked body"),
         (f"{MAX_CHAIN}", "certificates that a peer may present"),
         (f"{MAX_FILE >> 20} MiB", "a file of certificates or a key"),
     ]
-    lines = ["## Limits", "", "These are the same for every guard; no option changes them.", ""]
+    lines = ["## Limits", "", "These are the same for every guard. [Others can be set](configuration.md).", ""]
     return [*lines, "| limit | of what |", "|---:|---|", *(f"| {size} | {what} |" for size, what in rows)]
+
+
+# The configuration.
+
+
+def configuration() -> str:
+    """Every key of handfast.toml."""
+    parts = [
+        "# The configuration file",
+        "",
+        "`handfast guard -c handfast.toml` takes these keys and no others; an unknown one is an error that names the",
+        "nearest. Relative paths are below the file's folder. [How to use it](../howto/configure-the-guard.md).",
+        "",
+        "| key | takes | default | what it does |",
+        "|---|---|---|---|",
+    ]
+    return "\n".join(
+        parts + [f"| `{one.key}` | {_cell(one.kind)} | {_cell(one.default)} | {_cell(one.text)} |" for one in KEYS]
+    )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+# The audit.
+
+
+def checks() -> str:
+    """Every check of `handfast audit`."""
+    parts = ["# The checks of `handfast audit`", "", "Each is an attack that mutual TLS has to withstand.", ""]
+    for check in CHECKS:
+        parts += [
+            f"## {check.id}",
+            "",
+            f"{check.attack} Severity: {check.severity}. {_references(check.references)}",
+            "",
+        ]
+        parts += [f"A pass proves: {check.proves}", "", "| server | what stops it |", "|---|---|"]
+        parts += [f"| {name} | {_cell(getattr(check.remedies, name))} |" for name in _SERVERS] + [""]
+    return "\n".join(parts)
+
+
+_SERVERS = ("handfast", "nginx", "haproxy", "envoy", "apache")
+
+
+def _references(references: tuple[str, ...]) -> str:
+    return f"See {', '.join(references)}." if references else ""
 
 
 # The reasons.
@@ -137,6 +182,13 @@ _SECTIONS = {
         "A request on such a connection gets the status; otherwise the connection is cut.",
     ),
     "guard": ("The guard itself", ""),
+    "limit": ("Too much at once", "A request gets 429; a connection is closed."),
+    "proxy": ("The PROXY protocol", ""),
+    "assertion": ("A signed assertion of who called", ""),
+    "admin": ("The admin listener", ""),
+    "connect": ("The connector", ""),
+    "audit": ("The audit", ""),
+    "seen": ("What `explain` saw", ""),
     "unreachable": ("The network", ""),
 }
 

@@ -41,7 +41,7 @@ ELSEWHERE = {"replace-the-openssl-nginx-walkthrough"}
 PATIENCE = 20.0  # seconds for a server's words; each comes within one on an idle machine
 
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.M | re.S)
-_SERVES = re.compile(r"(handfast (up|guard)|python3 (app|echo)\.py)\b")
+_SERVES = re.compile(r"(handfast (up|guard|connect)|python3 (app|echo)\.py)\b")
 _PORT = re.compile(r"(?<=[:( ])(8000|8001|8443|8444|7000)\b")
 _VARIABLE = (
     (r"\b[0-9a-f]{64}\b", "SHA256"),

@@ -228,6 +228,17 @@ class Reason(Enum):
         "critical_extension", "{subject} has a critical extension that is not understood ({oid})"
     )
     VERIFY_JUDGE = _verify("judge", "the verifier refused the chain: {detail}")
+    VERIFY_OCSP_UNAVAILABLE = _verify(
+        "ocsp_unavailable",
+        "nobody says whether {subject} was revoked: {detail}",
+        "is the authority's OCSP responder up, and may it be asked from here?",
+        http=503,
+    )
+    VERIFY_OCSP_INVALID = _verify(
+        "ocsp_invalid",
+        "the OCSP answer about {subject} is not good: {detail}",
+        "tell whoever runs the authority's responder",
+    )
 
     # What may be issued.
     ISSUE_CSR_SIGNATURE = _issue("csr_signature", "the request is not signed by its own key", "make it anew")

@@ -18,7 +18,7 @@ from typing import Any
 from tests.support.apps import Answer as AppAnswer
 from tests.support.apps import App
 from tests.support.certs import Ca, Leaf
-from tests.support.programs import HANDFAST, Child, Finished, handfast
+from tests.support.programs import HANDFAST, Child
 
 LIMIT = 2.0  # seconds in which the end of trust takes effect
 WAIT = 10.0
@@ -133,11 +133,14 @@ class Client:
         name: str | None = "localhost",
         before: bytes = b"",
         newest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3,
+        checked: bool = True,
     ) -> Iterator[Line]:
-        """Open a connection; `name` None sends no server name, `before` is sent in front of the handshake."""
+        """Open a connection; `name` None sends no server name, `before` is sent in front of the handshake.
+
+        `checked`: whether the certificate must be for the name.
+        """
         context = self.context(newest=newest)
-        if name is None:
-            context.check_hostname = False
+        context.check_hostname = checked and name is not None
         with socket.create_connection(("127.0.0.1", port), WAIT) as plain:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a request waits 40 ms for an ACK
             if before:
@@ -211,22 +214,6 @@ def guarding(
     assert "stopped" in {json.loads(line)["event"] for line in child.lines}
     assert guard.events("bug") == []
     assert not [event for event in guard.events("ended") if event["reason"] == "bug"]
-
-
-def checked(folder: Path, config: str) -> Finished:
-    """What `guard --check` says of a configuration."""
-    (folder / "handfast.toml").write_text(config)
-    return handfast("guard", "-c", "handfast.toml", "--check", folder=folder)
-
-
-def refusal(done: Finished) -> tuple[int, str]:
-    """The exit code and the reason of a command that failed as it should: one line, and perhaps what to do next."""
-    assert "Traceback" not in done.stderr + done.stdout
-    first, *rest = done.stderr.splitlines()
-    assert first.startswith("handfast: "), done.stderr
-    assert first.endswith("]"), done.stderr
-    assert all(line.startswith(("  next: ", "  also: ")) for line in rest), done.stderr
-    return done.returncode, first.rpartition("[")[2].removesuffix("]")
 
 
 def named(name: str) -> AppAnswer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import ssl
 from collections.abc import Iterator
@@ -15,9 +14,10 @@ from handfast.cli.serve import _from_flags, guard_
 from handfast.errors import Exit
 from handfast.guard.config import parse_config
 from handfast.guard.schema import Config
-from tests.e2e.guard_kit import Files, checked, guarding, metric, refusal
+from tests.e2e.guard_kit import Files, guarding
+from tests.e2e.kit import Caller, Outcome
 from tests.support.apps import App, echo_head
-from tests.support.programs import handfast
+from tests.support.programs import HANDFAST, Child, handfast
 
 NEEDED = ("--to", "127.0.0.1:8000", "--cert", "server.crt", "--key", "server.key", "--client-ca", "ca.crt")
 SITE = """
@@ -117,16 +117,17 @@ def test_flags_and_file_do_the_same(tmp_path: Path, app: App, how: str) -> None:
     assert app.received.count(b"GET / ") == 2
 
 
-def test_a_good_configuration_is_said_to_be_good(tmp_path: Path) -> None:
+def test_a_good_configuration_is_said_to_be_good(call: Caller, tmp_path: Path) -> None:
     """`--check` reads all files, says where the guard would listen, binds nothing and ends with 0."""
     Files(tmp_path)
-    done = checked(tmp_path, SITE)
-    assert (done.returncode, done.stderr) == (Exit.OK, "")
-    assert done.stdout == "good: 1 listener(s): main on 127.0.0.1:8443\n"
-    as_json = handfast("guard", "-c", "handfast.toml", "--check", "--json", folder=tmp_path)
-    assert json.loads(as_json.stdout) == {"good": True, "listeners": ["main on 127.0.0.1:8443"]}
-    by_flags_ = handfast("guard", *NEEDED, "--check", folder=tmp_path)
-    assert by_flags_.stdout == done.stdout
+    (tmp_path / "handfast.toml").write_text(SITE)
+    said = call("guard", "-c", "handfast.toml", "--check")
+    assert said == Outcome(Exit.OK, "good: 1 listener(s): main on 127.0.0.1:8443\n", "")
+    assert call("guard", *NEEDED, "--check") == said
+    as_json = call.done("guard", "-c", "handfast.toml", "--check")
+    assert as_json == {"good": True, "listeners": ["main on 127.0.0.1:8443"]}
+    done = handfast("guard", "-c", "handfast.toml", "--check", folder=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (Exit.OK, said.out, "")
 
 
 BAD = {
@@ -144,20 +145,18 @@ BAD = {
 
 
 @pytest.mark.parametrize("line", BAD)
-def test_a_bad_configuration_is_told(tmp_path: Path, line: str) -> None:
+def test_a_bad_configuration_is_told(call: Caller, tmp_path: Path, line: str) -> None:
     """`--check` says in one line what is wrong and where, and ends as the guard itself would."""
     Files(tmp_path)
     reason, words = BAD[line]
-    done = checked(tmp_path, SITE + line + "\n")
-    assert refusal(done) == (Exit.NOT_FOUND if reason == "input.missing" else Exit.USAGE, reason)
-    assert words in done.stderr
-    assert done.stdout == ""
-    again = handfast("guard", "-c", "handfast.toml", "--json", folder=tmp_path)
-    assert (again.returncode, again.stderr) == (done.returncode, "")
-    assert json.loads(again.stdout)["error"] == reason
+    (tmp_path / "handfast.toml").write_text(f"{SITE}{line}\n")
+    code = Exit.NOT_FOUND if reason == "input.missing" else Exit.USAGE
+    assert call.refused("guard", "-c", "handfast.toml", "--check") == (code, reason)
+    assert words in call("guard", "-c", "handfast.toml", "--check").err
+    assert call.refused("guard", "-c", "handfast.toml") == (code, reason)
 
 
-def test_files_that_do_not_fit_are_told(tmp_path: Path) -> None:
+def test_files_that_do_not_fit_are_told(call: Caller, tmp_path: Path) -> None:
     """A key of another certificate, a client's certificate as the server's, a leaf as authority, a late server."""
     files = Files(tmp_path)
     files.client("alice")
@@ -169,46 +168,45 @@ def test_files_that_do_not_fit_are_told(tmp_path: Path) -> None:
         'cert = "server.crt"': ('cert = "handfast.toml"', "input.not_certificate"),
     }
     for old, (new, reason) in swaps.items():
-        assert refusal(checked(tmp_path, SITE.replace(old, new)))[1] == reason
+        (tmp_path / "handfast.toml").write_text(SITE.replace(old, new))
+        assert call.refused("guard", "-c", "handfast.toml", "--check")[1] == reason
 
 
 @pytest.mark.parametrize("missing", ["--to", "--cert", "--key", "--client-ca"])
-def test_a_needed_flag_is_asked_for(tmp_path: Path, missing: str) -> None:
+def test_a_needed_flag_is_asked_for(call: Caller, missing: str) -> None:
     """Without --to, --cert, --key or --client-ca, and without a file, it is a usage error with exit 2."""
     words = [word for at in range(0, len(NEEDED), 2) for word in NEEDED[at : at + 2] if NEEDED[at] != missing]
-    done = handfast("guard", *words, folder=tmp_path)
-    assert refusal(done) == (Exit.USAGE, "usage")
-    assert f"Missing option '{missing}'" in done.stderr
+    assert call.refused("guard", *words) == (Exit.USAGE, "usage")
+    assert f"Missing option '{missing}'" in call("guard", *words).err
 
 
 @pytest.mark.parametrize("flag", ["--workers=2", "--allow=any", "--legacy-certs", "--drain=30s", "--listen=:8443"])
-def test_a_flag_beside_a_file_is_refused(tmp_path: Path, flag: str) -> None:
+def test_a_flag_beside_a_file_is_refused(call: Caller, flag: str) -> None:
     """A flag beside -c would leave open which of the two holds, even at its default: exit 2 says so."""
-    done = handfast("guard", "-c", "handfast.toml", flag, folder=tmp_path)
-    assert refusal(done) == (Exit.USAGE, "usage")
-    assert f"{flag.partition('=')[0]} and --config do not go together" in done.stderr
+    words = ("guard", "-c", "handfast.toml", flag)
+    assert call.refused(*words) == (Exit.USAGE, "usage")
+    assert f"{flag.partition('=')[0]} and --config do not go together" in call(*words).err
 
 
-def test_values_that_flags_do_not_take(tmp_path: Path) -> None:
+def test_values_that_flags_do_not_take(call: Caller, tmp_path: Path) -> None:
     """A word that is none of a flag's is told, and nothing starts."""
     Files(tmp_path)
     for flag in ("--workers=0", "--verify-depth=11", "--tls-min=1.1", "--header=mine", "--client-auth=maybe"):
-        assert refusal(handfast("guard", *NEEDED, flag, folder=tmp_path)) == (Exit.USAGE, "usage")
+        assert call.refused("guard", *NEEDED, flag) == (Exit.USAGE, "usage")
     for flag, reason in (("--drain=soon", "input.lifetime"), ("--allow=a b c d", "input.rule")):
-        assert refusal(handfast("guard", *NEEDED, flag, folder=tmp_path)) == (Exit.USAGE, reason)
-    assert refusal(handfast("guard", *NEEDED, "--admin=0.0.0.0:9464", folder=tmp_path))[1] == "input.config"
+        assert call.refused("guard", *NEEDED, flag) == (Exit.USAGE, reason)
+    assert call.refused("guard", *NEEDED, "--admin=0.0.0.0:9464") == (Exit.USAGE, "input.config")
 
 
-def test_a_port_that_is_taken(tmp_path: Path, app: App) -> None:
+def test_a_port_that_is_taken(call: Caller, tmp_path: Path, app: App) -> None:
     """A listener's or the admin listener's port that is taken is exit 6, with one worker and with two."""
     Files(tmp_path)
     for flags in (("--listen", app.address), ("--listen", app.address, "--workers", "2"), ("--admin", app.address)):
         words = flags if "--listen" in flags else (*flags, "--listen", "127.0.0.1:0")
-        done = handfast("guard", *NEEDED, *words, folder=tmp_path)
-        assert refusal(done) == (Exit.UNREACHABLE, "guard.listen")
+        assert call.refused("guard", *NEEDED, *words) == (Exit.UNREACHABLE, "guard.listen")
 
 
-def test_a_configuration_that_is_not_there(tmp_path: Path) -> None:
+def test_a_configuration_that_is_not_there(call: Caller, tmp_path: Path) -> None:
     """A file that is missing, empty, a folder or not UTF-8 is told as such."""
     (tmp_path / "empty").touch()
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
@@ -218,7 +216,7 @@ def test_a_configuration_that_is_not_there(tmp_path: Path) -> None:
         (".", "input.unreadable"),
         ("binary", "input.config"),
     ):
-        assert refusal(handfast("guard", "-c", name, folder=tmp_path))[1] == reason
+        assert call.refused("guard", "-c", name)[1] == reason
 
 
 def test_a_guard_without_a_terminal_tells_the_same_for_people(tmp_path: Path, app: App) -> None:
@@ -226,8 +224,6 @@ def test_a_guard_without_a_terminal_tells_the_same_for_people(tmp_path: Path, ap
     Files(tmp_path)
     config = SITE.replace("127.0.0.1:8443", "127.0.0.1:0").replace("127.0.0.1:8000", app.address)
     (tmp_path / "handfast.toml").write_text(config)
-    from tests.support.programs import HANDFAST, Child
-
     with Child((*HANDFAST, "guard", "-c", "handfast.toml"), tmp_path, merge=False) as child:
         assert f"guarding {app.address} at https://127.0.0.1:" in child.line("^guarding")
         assert "every client with a certificate of" in child.line("let through")
@@ -236,5 +232,3 @@ def test_a_guard_without_a_terminal_tells_the_same_for_people(tmp_path: Path, ap
     assert child.lines[-1] == "goodbye"
     assert child.errors == []
 
-
-__all__ = ["metric"]

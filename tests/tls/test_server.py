@@ -60,6 +60,7 @@ def test_a_good_client_is_accepted_however_its_bytes_come(cut: int) -> None:
     """A handshake in one piece, byte by byte, or in odd pieces has the same outcome."""
     outcome, _ = _shake(_context(), ROOT.client(), cut=cut)
     assert isinstance(outcome, Accepted)
+    assert outcome.peer is not None
     assert str(outcome.peer.identity) == "spiffe://test/web"
     assert (outcome.facts.version, outcome.facts.server_name) == ("TLSv1.3", "localhost")
 

@@ -386,17 +386,26 @@ def _serving(assembly: Assembly, sockets: Mapping[str, list[socket.socket]], tel
 def _sockets(config: Config, count: int) -> dict[str, list[socket.socket]]:
     """A listener's sockets by its name: those handed over, systemd's, or our own. Raises HandfastError."""
     before, given = handover.inherited(), systemd.listen_sockets()
-    sockets: dict[str, list[socket.socket]] = {}
-    for listener in config.listeners:
-        place = parse_place(listener.listen)
-        sockets[listener.name] = _kept(before, listener.name, place) or _take(place, given, count)
+    asked = [(listener.name, listener.listen, count) for listener in config.listeners]
     if config.admin is not None:
-        place = parse_place(config.admin.listen)
-        sockets[_ADMIN] = _kept(before, _ADMIN, place) or _take(place, given, 1)
-    for plugs in before.values():  # of listeners that are no more, or are elsewhere now
+        asked.append((_ADMIN, config.admin.listen, 1))
+    sockets: dict[str, list[socket.socket]] = {}
+    try:
+        for name, listen, many in asked:
+            place = parse_place(listen)
+            sockets[name] = _kept(before, name, place) or _take(place, given, many)
+    except HandfastError:
+        _close(sockets)
+        raise
+    finally:
+        _close(before)  # of listeners that are no more, or are elsewhere now
+    return sockets
+
+
+def _close(sockets: Mapping[str, list[socket.socket]]) -> None:
+    for plugs in sockets.values():
         for plug in plugs:
             plug.close()
-    return sockets
 
 
 def _kept(before: dict[str, list[socket.socket]], name: str, place: Place) -> list[socket.socket]:

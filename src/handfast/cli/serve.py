@@ -12,8 +12,6 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from handfast.authority import Authority
-from handfast.cli.opening import opened
 from handfast.cli.output import as_json_option, choice, example, first_line, key_passphrase_option, print_json
 from handfast.cli.running import TakenText, Telling, run
 from handfast.errors import HandfastError
@@ -36,8 +34,6 @@ from handfast.guard.schema import (
 )
 from handfast.guard.settings import parse_duration
 from handfast.guard.workers import auto_workers
-from handfast.pki.revocation import Revocations
-from handfast.pki.verification import TrustBundle
 from handfast.policy import parse_policy
 from handfast.tls.server import ClientAuth
 
@@ -133,32 +129,15 @@ def _guard(config: Config, file: Path | None, check: bool, as_json: bool) -> int
     return run(config, make, Telling(partial(_ready, config, as_json), as_json))
 
 
-class _AuthorityFeed:
-    """An authority of ours, as the guard sees it."""
-
-    def __init__(self, authority: Authority) -> None:
-        self._authority = authority
-
-    def revision(self) -> int:
-        """See Feed."""
-        return self._authority.revision()
-
-    def bundle(self) -> TrustBundle:
-        """See Feed."""
-        return TrustBundle(self._authority.trust_bundle(), self._authority.trust_domain)
-
-    def revocations(self, now: datetime) -> Revocations:
-        """See Feed."""
-        return self._authority.revocations(now=now)
-
-
 @contextmanager
 def _feed(config: Config) -> Iterator[Feed | None]:
     if config.state is None:
         yield None
         return
-    with opened(config.state) as authority:
-        yield _AuthorityFeed(authority)
+    from handfast.cli.feed import open_feed  # loads a database, which a guard without an authority needs not
+
+    with open_feed(config.state) as feed:
+        yield feed
 
 
 def _from_flags(flags: dict[str, Any], as_json: bool) -> Config:

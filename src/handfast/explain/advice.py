@@ -73,6 +73,16 @@ ADVICE = {
     Reason.VERIFY_CRL_INVALID: Advice(
         "the {judge}'s revocation list cannot be trusted", "Fetch it anew.", "judge", "handfast inspect CRL"
     ),
+    Reason.VERIFY_OCSP_UNAVAILABLE: Advice(
+        "the {judge} asks by OCSP whether the {holder}'s certificate was revoked, and got no answer",
+        "See that the authority's responder is up and that the {judge} may reach it.",
+        "judge",
+    ),
+    Reason.VERIFY_OCSP_INVALID: Advice(
+        "the {judge} asked by OCSP about the {holder}'s certificate and got an answer that is not good",
+        "Have whoever runs the authority's responder look at what it answers.",
+        Who.AUTHORITY,
+    ),
     Reason.VERIFY_PURPOSE: Advice(
         "the {holder}'s certificate is for another purpose",
         "Issue one for {profile} use: servers' and clients' certificates are two kinds.",

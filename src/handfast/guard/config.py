@@ -216,7 +216,7 @@ def _site_keys(route: Table) -> dict[str, Key]:
             kinds.many(kinds.SERVER_NAME, "DNS names, as app.example.com or *.example.com"),
             "The TLS server names that the site stands for; none: any.",
         ),
-        "default": Key(kinds.FLAG, "Takes the clients that send no server name."),
+        "default": Key(kinds.FLAG, "Takes the clients that send no server name; a listener's only site does so anyway."),
         "cert": Key(
             kinds.PATH, "The server's certificate in PEM, followed by those up to its root.", default="required"
         ),
@@ -235,7 +235,7 @@ def _site_keys(route: Table) -> dict[str, Key]:
             kinds.choice(Ocsp),
             "Whether the clients' authorities are asked by OCSP, and whether no answer is a refusal.",
         ),
-        "verify_depth": Key(kinds.whole(1, 10), "How many authorities may stand above a client, the root among them."),
+        "verify_depth": Key(kinds.whole(0, 10), "How many authorities may stand between a client and its root."),
         "tls_min": Key(kinds.choice(TlsVersion), "The oldest version of TLS."),
         "legacy_certs": Key(kinds.FLAG, "Admits clients whose certificates lack key usage or names (by CN)."),
         "offer_authorities": Key(kinds.FLAG, "Tells clients which authorities are accepted; browsers choose by it."),
