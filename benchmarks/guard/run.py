@@ -148,7 +148,8 @@ def main() -> None:
     options = arguments()
     if (os.cpu_count() or 1) < 2:
         sys.exit("two processors are needed: one for the proxy, one for the load")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, lambda number, _: sys.exit(128 + number))  # through every `with`, which ends what it began
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="handfast-bench-") as name:
         peers = chosen_peers(options.peers)
@@ -215,6 +216,8 @@ def measured(stage: Stage, op: Operation, peers: list[Peer], options: argparse.N
         running: dict[str, Running] = {}
         for peer in able:
             attempt(cells[peer.key], lambda peer=peer: running.update({peer.key: start(stack, stage, op, peer)}))
+            if peer.key not in running:
+                tell(op, peer, cells[peer.key])
         rate = half_of_top(stage, running.get("nginx"), options.seconds) if op.key == "latency" else 0
         for _ in range(options.rounds):
             for peer in able:
@@ -337,11 +340,11 @@ def judged(mark: Mark, ours: Cell, row: dict[str, Cell], unit: str) -> tuple[str
     """What the mark asks, and whether we keep it."""
     mine = ours.median
     if not mark.peer:
-        return f"{number(mark.value)} {unit}", "" if mine is None else "yes" if mine <= mark.value else "**no**"
+        return f"{number(mark.value)} {unit}", "void" if mine is None else "yes" if mine <= mark.value else "**no**"
     name = next(peer.name for peer in PEERS if peer.key == mark.peer)
     theirs = row.get(mark.peer, Cell()).median
     if mine is None or theirs is None:
-        return f"{mark.factor} × {name}", "no" if ours.lacking else ""
+        return f"{mark.factor} × {name}", "**no**" if ours.lacking else "void"
     ratio = mine / theirs
     return f"{mark.factor} × {name}", f"{'yes' if ratio <= mark.factor else '**no**'}: {ratio:.2f}"
 

@@ -29,7 +29,7 @@ from handfast.pki.verification import Purpose, Terms, TrustBundle
 from handfast.policy import ALLOW_ANY, Policy
 from handfast.tls.credential import Credential
 from handfast.tls.server import ClientAuth, ServerContext, ServerSettings
-from tests.support.apps import App, client_context, get
+from tests.support.apps import HELLO, App, client_context, get
 from tests.support.certs import Ca, Leaf
 from tests.support.guards import Running
 
@@ -224,7 +224,7 @@ class Stepwise:
         self.plain.sendall(flight + self._out.read())
         answer, error = b"", ""
         try:
-            while data := self.plain.recv(1 << 16):
+            while not answer.endswith(HELLO) and (data := self.plain.recv(1 << 16)):
                 self._in.write(data)
                 with contextlib.suppress(ssl.SSLWantReadError):
                     while piece := self.tls.read(1 << 16):
@@ -304,6 +304,7 @@ def lax_twin(leaf: Leaf, folder: Path, *, session_ids: bool = False) -> Iterator
             with contextlib.suppress(OSError), plain, context.wrap_socket(plain, server_side=True) as tls:
                 tls.recv(1 << 16)
                 tls.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+                tls.unwrap()  # a session that ends without it is forgotten
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve, daemon=True)

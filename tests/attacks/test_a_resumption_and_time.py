@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import socket
-import ssl
-import time
+import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -39,7 +38,7 @@ from tests.attacks.kit import (
 from tests.support.apps import App, echo_head, get
 from tests.support.certs import Ca, Leaf
 from tests.support.guards import Running
-from tests.support.programs import Child, must, run
+from tests.support.programs import free_port, must, run
 
 KEPT = get(close=False)
 # How a session can be offered again: by a PSK of TLS 1.3 (and a ticket of 1.2, from who gives one), or by its ID.
@@ -157,7 +156,8 @@ def test_a6_a_session_does_not_outlive_the_certificate(attacker: Attacker, ca: C
         seen = bytes(app.received)
         until(lambda: datetime.now(UTC) > leaf.certificate.not_valid_after_utc)
         again = attacker.call(guard, context=context, session=first.session)
-        assert again.refusal == (403, "verify.expired")
+        assert again.status == 403
+        assert again.refusal[1] in ("verify.expired", "ended.expired")
         assert not again.reused
         assert bytes(app.received) == seen
 
@@ -258,14 +258,19 @@ def test_a10_no_early_data_is_taken(attacker: Attacker, ca: Ca, tmp_path: Path) 
     server, client = ca.server(), ca.client()
     pair, own = server.save(tmp_path, "server"), client.save(tmp_path, "client")
     (tmp_path / "early").write_bytes(get("/early", close=False))
-    files = ("-cert", str(pair[0]), "-key", str(pair[1]))
     shown = ("-cert", str(own[0]), "-key", str(own[1]), "-servername", "localhost", "-ign_eof")
-    twin = ("openssl", "s_server", "-accept", "127.0.0.1:0", "-rev", "-early_data", *files)
-    with Child(twin, tmp_path) as lax:
-        port = lax.line(r"^ACCEPT").rpartition(":")[2]
+    port = free_port()
+    twin = ("openssl", "s_server", "-accept", f"127.0.0.1:{port}", "-early_data", "-naccept", "1")
+    with subprocess.Popen(
+        [*twin, "-cert", pair[0], "-key", pair[1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as lax:
+        assert lax.stdout is not None
+        while "ACCEPT" not in lax.stdout.readline():
+            pass
         to = ("openssl", "s_client", "-connect", f"127.0.0.1:{port}")
-        must(*to, "-sess_out", "session", *shown, folder=tmp_path, stdin="CLOSE\n")
-        assert "Max Early Data: 16384" in must("openssl", "sess_id", "-in", "session", "-text", folder=tmp_path)
+        run(*to, "-sess_out", "session", *shown[:-1], folder=tmp_path, stdin="Q\n")
+        lax.communicate()
+    assert "Max Early Data: 16384" in must("openssl", "sess_id", "-in", "session", "-text", folder=tmp_path)
     with App() as app, Running(ca, app.address, server=server) as guard:
         to = ("openssl", "s_client", "-connect", guard.address)
         said = run(
@@ -445,8 +450,8 @@ def test_a15_there_is_no_renegotiation(ca: Ca, tmp_path: Path) -> None:
             tls.do_handshake()
             tls.sendall(KEPT)
             assert b"test/alice" in tls.recv(1 << 16)
-            tls.use_certificate(SSL.X509.from_cryptography(bob.certificate))
-            tls.use_privatekey(SSL.PKey.from_cryptography_key(bob.key))
+            tls.use_certificate(bob.certificate)
+            tls.use_privatekey(bob.key)
             assert tls.renegotiate()
             with pytest.raises(SSL.Error):  # noqa: PT012  # the refusal may come with any of them
                 tls.do_handshake()

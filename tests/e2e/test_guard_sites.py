@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from handfast.errors import InvalidInput
+from handfast.guard.config import parse_config
 from tests.e2e.guard_kit import Client, Files, apps, guarding
 from tests.support.apps import App, echo_head
-from tests.support.certs import Ca
+from tests.support.certs import SERVER, Ca
 
 SITES = """
 [[listener]]
@@ -206,7 +208,7 @@ def test_a_bad_certificate_is_never_nobody(tmp_path: Path) -> None:
     """Where certificates are optional, a bad one is refused on every path; only none at all makes a client nobody."""
     files, other = Files(tmp_path), Ca.root("Other")
     files.client("mallory", other)
-    files.client("server-only", eku=[])
+    files.client("server-only", eku=[SERVER])
     with apps("app") as (app,):
         with guarding(tmp_path, ROUTES.format(site=app.address, admin=app.address, upload=app.address)) as guard:
             for name, reason in (("mallory", "verify.unknown_issuer"), ("server-only", "verify.purpose")):
@@ -250,9 +252,6 @@ def test_nobody_has_no_identity_and_cannot_take_one(tmp_path: Path, client_auth:
 
 def test_rules_that_bind_nobody_are_refused(tmp_path: Path) -> None:
     """Where routes let anybody in, rules for them would only seem to hold: such a configuration does not start."""
-    from handfast.guard.config import parse_config
-    from handfast.errors import InvalidInput
-
     good = ROUTES.format(site="127.0.0.1:1", admin="127.0.0.1:2", upload="127.0.0.1:3")
     parse_config(good, "handfast.toml", tmp_path)
     for old, new in (

@@ -207,7 +207,9 @@ def _ready(config: Config, as_json: bool, urls: list[str]) -> dict[str, object]:
     for url, listener in zip(urls, config.listeners, strict=True):
         site = listener.all_sites[0]
         to = site.to or ", ".join(dict.fromkeys(route.to for route in site.routes if route.to))
-        rules = list(site.allow) + ([f"the rules in {site.allow_file}"] if site.allow_file else [])
+        rules = [rule if rule.startswith(("allow ", "deny ")) else f"allow {rule}" for rule in site.allow] + (
+            [f"the rules in {site.allow_file}"] if site.allow_file else []
+        )
         shown.append({"name": listener.name, "url": url, "to": to, "allow": rules or ["allow any"]})
         if not as_json:
             whose = f"every client with a certificate of {site.client_ca or config.state}"

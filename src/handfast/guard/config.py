@@ -235,6 +235,14 @@ def _site_keys(route: Table) -> dict[str, Key]:
             kinds.choice(Ocsp),
             "Whether the clients' authorities are asked by OCSP, and whether no answer is a refusal.",
         ),
+        "ocsp_url": Key(
+            kinds.text('a URL, as "http://ocsp.example.com/"', r"http://[!-~]{1,1024}"),
+            "The one responder that is asked; without it, the one that each client's certificate names.",
+        ),
+        "ocsp_hosts": Key(
+            kinds.many(kinds.HOST, "hosts' names or addresses"),
+            "The hosts that a certificate may name as its responder; none: any at a public address, at port 80.",
+        ),
         "verify_depth": Key(kinds.whole(0, 10), "How many authorities may stand between a client and its root."),
         "tls_min": Key(kinds.choice(TlsVersion), "The oldest version of TLS."),
         "legacy_certs": Key(kinds.FLAG, "Admits clients whose certificates lack key usage or names (by CN)."),

@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import re
 import secrets
+import socket
 from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -317,7 +318,7 @@ async def _look_up(responder: Responder) -> list[str]:
     """The addresses that may be dialled, at least one. What is dialled is what was judged: no second look-up."""
     loop = asyncio.get_running_loop()
     try:
-        found = await loop.getaddrinfo(responder.host, responder.port, type=1)  # SOCK_STREAM
+        found = await loop.getaddrinfo(responder.host, responder.port, type=socket.SOCK_STREAM)
     except UnicodeError:
         raise _Forbidden("it is no name") from None
     addresses = list(dict.fromkeys(str(info[4][0]) for info in found))

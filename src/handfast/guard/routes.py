@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from handfast.errors import Failure, InvalidInput, Reason
@@ -60,6 +60,7 @@ class Site:
 
     `names`: as `normal_host` gives them, or `*.` and one; empty takes every name. `nameless`: it also takes
     clients that send no server name. `refresh_headers`: seconds after which `identify` is asked again; 0: never.
+    `elsewhere`: the names of the listener's other sites, which `Sites` sets.
     """
 
     context: ServerContext
@@ -68,6 +69,7 @@ class Site:
     nameless: bool = True
     identify: Identify = usual_headers
     refresh_headers: float = 0.0
+    elsewhere: frozenset[str] = frozenset()
     judges_paths: bool = field(init=False, default=False)
     judges_requests: bool = field(init=False, default=False)
 
@@ -85,8 +87,12 @@ class Site:
         return None
 
     def answers(self, host: bytes) -> bool:
-        """Whether requests for this host are for this site."""
-        return not self.names or any(_name_fits(name, host) for name in self.names)
+        """Whether requests for this host are for this site, where the client sent no server name or this one."""
+        if self.elsewhere and host.decode("ascii", "replace") in self.elsewhere:
+            return False  # though a wildcard here may fit: an exact name goes first
+        if not self.names:
+            return not any(_name_fits(name, host) for name in self.elsewhere)
+        return any(_name_fits(name, host) for name in self.names)
 
     def objection(self, peer: VerifiedPeer | None, now: datetime) -> Failure | None:
         """Why a connected peer may not stay; None if it may."""
@@ -105,7 +111,7 @@ class Sites:
     """A listener's sites, found by server name. InvalidInput where two would answer to one name."""
 
     def __init__(self, sites: Iterable[Site]) -> None:
-        self.all = tuple(sites)
+        self.all = _apart(tuple(sites))
         self._exact: dict[bytes, Site] = {}
         self._wild: dict[bytes, Site] = {}  # by what follows the `*`
         self._any: Site | None = None
@@ -150,6 +156,14 @@ class Snapshot:
 def one_site(context: ServerContext, policy: Policy, upstreams: Upstreams) -> Sites:
     """Return the sites of a listener that sends all to one place."""
     return Sites((Site(context, (Route(upstreams, policy),)),))
+
+
+def _apart(sites: tuple[Site, ...]) -> tuple[Site, ...]:
+    """Sites that know each other's names."""
+    if len(sites) == 1:
+        return sites
+    names = {name for site in sites for name in site.names}
+    return tuple(replace(site, elsewhere=frozenset(names.difference(site.names))) for site in sites)
 
 
 def _name_fits(name: str, host: bytes) -> bool:

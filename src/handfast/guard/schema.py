@@ -126,6 +126,8 @@ class SiteConfig:
     client_auth: ClientAuth = ClientAuth.REQUIRED
     crl: tuple[Path, ...] = ()
     ocsp: Ocsp = Ocsp.OFF
+    ocsp_url: str | None = None  # None: as each certificate says
+    ocsp_hosts: tuple[str, ...] = ()  # in normal form; empty: any at a public address
     verify_depth: int | None = None
     tls_min: TlsVersion = TlsVersion.TLS13
     legacy_certs: bool = False
@@ -333,6 +335,7 @@ def _in_site(config: Config, site: SiteConfig, table: str) -> Iterator[Problem]:
         yield Problem(
             f"{table}.to", "is missing: the app, as 127.0.0.1:8000 or the name of an upstream", (f"{table}.route",)
         )
+    yield from _ocsp_of_nobody(site, table)
     if HeaderStyle.ASSERTION in site.headers and config.assertion is None:
         yield Problem(f"{table}.headers", '"assertion" needs the table [assertion]', ("assertion",))
     domain = site.trust_domain or (_STAND_IN if config.state else None)
@@ -362,6 +365,13 @@ def _rules_of_open_routes(site: SiteConfig, table: str) -> Iterator[Problem]:
         for key, given in (("allow", bool(site.allow)), ("allow_file", site.allow_file is not None)):
             if given:
                 yield Problem(f"{table}.{key}", detail, (f"{table}.client_auth", f"{table}.route"))
+
+
+def _ocsp_of_nobody(site: SiteConfig, table: str) -> Iterator[Problem]:
+    for key, given in (("ocsp_url", site.ocsp_url is not None), ("ocsp_hosts", bool(site.ocsp_hosts))):
+        if given and site.ocsp is Ocsp.OFF:
+            detail = 'says whom to ask, but ocsp = "off" asks nobody; write "require" or "allow_unreachable"'
+            yield Problem(f"{table}.{key}", detail, (f"{table}.ocsp",))
 
 
 def _rules_about_nobody(site: SiteConfig, table: str) -> Iterator[Problem]:

@@ -435,6 +435,7 @@ def _take(bio: Any) -> bytes:
 
 def _prove(context: ServerContext) -> None:
     """Run a handshake in memory with a client that shows no certificate: it must get as far as being judged."""
+    required = context.settings.client_auth is ClientAuth.REQUIRED
     client_context = SSL.Context(SSL.TLS_CLIENT_METHOD)
     client_context.set_verify(SSL.VERIFY_NONE)
     client = SSL.Connection(client_context, None)
@@ -449,7 +450,10 @@ def _prove(context: ServerContext) -> None:
             break
         outcome = server.feed(_take(client._from_ssl))
         if outcome is not None:
-            if isinstance(outcome, Refused) and outcome.failures[0].reason is Reason.VERIFY_NO_CERTIFICATE:
+            if isinstance(outcome, Accepted):
+                if context.settings.client_auth is not ClientAuth.REQUIRED:
+                    return
+            elif outcome.failures[0].reason is Reason.VERIFY_NO_CERTIFICATE:
                 return
             break
         client.bio_write(server.take())
