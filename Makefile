@@ -4,13 +4,14 @@
 #   make test    everything, with real programs
 #   make docs    write the reference from the code
 #   make bench   measure
+#   make bench-guard  measure the guard beside nginx, HAProxy, Envoy, stunnel and hitch (half an hour)
 
 PYTHON ?= python3
 BIN := .venv/bin
 # What the tests run beside us: command -> Debian package.
 PROGRAMS := openssl:openssl curl:curl nginx:nginx-light chromium:chromium certutil:libnss3-tools
 
-.PHONY: demo check test docs bench programs clean
+.PHONY: demo check test docs bench bench-guard programs clean
 
 .venv/made: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed (make PYTHON=python3.12 …)"; exit 1; }
@@ -35,6 +36,9 @@ docs: .venv/made
 
 bench: .venv/made
 	$(BIN)/python benchmarks/run.py
+
+bench-guard: .venv/made
+	$(BIN)/python benchmarks/guard/run.py $(ARGS)
 
 # Root on a machine with apt gets what is missing; anyone else is told.
 programs:

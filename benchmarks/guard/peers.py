@@ -91,7 +91,6 @@ def _guard(place: Place, target: str) -> list[str]:
 # nginx
 
 _NGINX = """
-load_module /usr/lib/nginx/modules/ngx_stream_module.so;
 daemon off; {user} worker_processes 1; worker_rlimit_nofile 40000;
 pid {folder}/nginx.pid; error_log {folder}/error.log;
 events {{ worker_connections 19000; }}
@@ -155,7 +154,8 @@ def _nginx_bare(place: Place) -> list[str]:
 def _nginx_stream(place: Place) -> list[str]:
     tls = _NGINX_TLS.format(port=place.port, pki=place.pki, h2="")
     body = _NGINX_STREAM.format(folder=place.folder, tls=tls, app_port=place.app_port)
-    return nginx_command(place.folder, place.write("nginx.conf", nginx_head(place.folder) + body))
+    module = "load_module /usr/lib/nginx/modules/ngx_stream_module.so;\n"
+    return nginx_command(place.folder, place.write("nginx.conf", module + nginx_head(place.folder) + body))
 
 
 # HAProxy

@@ -135,7 +135,7 @@ BAD = {
     "verify_depth = 11": ("input.config", "verify_depth: 11 stands there; it takes a whole number from 0 to 10"),
     'crl = ["missing.crl"]': ("input.missing", "missing.crl: no such file"),
     'crl = ["ca.crt"]': ("input.not_crl", "ca.crt holds no certificate revocation list"),
-    'ocsp = "require"': ("guard.sites", "ocsp"),
+    'ocsp_hosts = ["ocsp.corp"]': ("input.config", 'ocsp = "off" asks nobody'),
     'allow = ["web"]': ("input.config", "listener[0].allow[0]"),
     'allow_file = "rules"': ("input.missing", "rules: no such file"),
     'client_auth = "optional"\nallow = ["any"]': ("input.config", "binds nobody"),

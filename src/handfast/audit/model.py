@@ -44,6 +44,12 @@ class Need(StrEnum):
     AUTHORITY = "needs an authority that the server trusts: --ca F --ca-key F"
     HTTP = "the server does not speak HTTP"
     CLIENT = "needs a client to be put to the test: --mitm KIND"
+    INSIDER = "needs a client that the server takes: --cert F --key F, or --ca F --ca-key F"
+    ECHO = "needs a path that answers with the headers of the request: --echo PATH"
+    PROTECTED = "needs a path that the accepted client must not reach: --protected PATH"
+    REVOKER = "needs an authority that can revoke while we watch: --authority"
+    OTHER = "needs a second listener: --other HOST:PORT"
+    PID = "needs the server's process on this machine: --pid N"
 
 
 @dataclass(frozen=True, slots=True)

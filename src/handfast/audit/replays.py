@@ -26,7 +26,7 @@ from handfast.audit.runner import Audit
 from handfast.audit.wires import Silence, Wire, call
 
 _ALERTS = 64  # bytes: two encrypted alerts with their records take 48
-_LEAST_ANSWER = 160  # bytes that an answer must have had to be told from alerts
+_LEAST_ANSWER = 110  # bytes that an answer must have had to be told from alerts
 _TURN = 0.5  # seconds of quiet after which the server has said its flight
 
 _UPGRADE = Remedies(

@@ -32,12 +32,18 @@ Progress = Callable[[Check, Outcome | None], None]  # a check begins (None) or h
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The one endpoint of an audit. `sni` is the server name that is asked for; `path` what an accepted client gets."""
+    """The one endpoint of an audit. `sni` is the server name that is asked for; `path` what an accepted client gets.
+
+    `echo`: a path that answers with the request's headers as the application got them. `protected`: one that the
+    accepted client must not reach.
+    """
 
     host: str
     port: int
     sni: str | None = None
     path: str = "/"
+    echo: str | None = None
+    protected: str | None = None
 
     @property
     def name(self) -> str:
@@ -74,11 +80,25 @@ class Means:
 
     `credential`: a leaf that the server should take. `authority`: one that the server trusts, with its key.
     `client`: the kind of client to be put to the test by a person in the middle, and the file that it trusts.
+    `revoked`: a leaf that was revoked; `revoker`: what can revoke one. `other`: a second listener of the same
+    owner. `pid`: the server's process, where it runs on this machine.
     """
 
     credential: TestLeaf | None = None
     authority: TestAuthority | None = None
     client: Client | None = None
+    revoked: TestLeaf | None = None
+    revoker: Revoker | None = None
+    other: Target | None = None
+    pid: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Revoker:
+    """An authority that the server hears of revocations from. `issue` makes a client's leaf of these names."""
+
+    issue: Callable[[tuple[str, ...]], TestLeaf]
+    revoke: Callable[[TestLeaf], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +283,12 @@ def lacks(audit: Audit, check: Check) -> Need | None:
         Need.AUTHORITY: audit.means.authority is not None,
         Need.CLIENT: audit.means.client is not None,
         Need.HTTP: audit.look.http,
+        Need.INSIDER: audit.means.credential is not None or audit.means.authority is not None,
+        Need.ECHO: audit.target.echo is not None,
+        Need.PROTECTED: audit.target.protected is not None,
+        Need.REVOKER: audit.means.revoker is not None,
+        Need.OTHER: audit.means.other is not None,
+        Need.PID: audit.means.pid is not None,
     }
     return next((need for need in check.needs if not have[need]), None)
 

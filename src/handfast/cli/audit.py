@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from handfast.audit.catalogue import choose
@@ -17,6 +18,7 @@ from handfast.audit.model import Check, Outcome, Report
 from handfast.audit.report import as_json as report_json
 from handfast.audit.report import render_html, render_junit, render_sarif, render_text
 from handfast.audit.runner import GENTLE, Client, Means, Pace, Progress, Target, prepare, run
+from handfast.cli.auditing_local import audit_local, how_many
 from handfast.cli.output import (
     as_json_option,
     asked,
@@ -45,11 +47,13 @@ _path = click.Path(path_type=Path)
     epilog=example(
         "handfast audit api.internal:8443",
         "handfast audit api.internal:8443 --cert web.crt --key web.key --html audit.html",
+        "handfast audit --local",
         "handfast audit --list",
     ),
     short_help="Attack a mutual-TLS server that is yours, and report what holds.",
 )
 @click.argument("address", metavar="HOST:PORT", required=False)
+@click.option("--local", is_flag=True, help="Start a guard with an app and an authority of its own, and attack that.")
 @click.option(
     "--as", "as_name", metavar="NAME", help="An accepted client: NAME, by its files in clients/ of the state."
 )
@@ -86,16 +90,22 @@ def audit_(address: str | None, list_checks: bool, only: tuple[str, ...], as_jso
 
     Only for servers that are yours to test. Nothing is sent anywhere else. With a certificate that the server
     accepts (--cert or --as), more checks are made, and all are surer. Exit 3: a hole was found.
+
+    --local attacks a guard that it starts itself, and leaves nothing behind.
     """
     checks = choose(only)
     if list_checks:
         _list(checks, as_json)
         return Exit.OK
-    if address is None:
-        raise click.UsageError("say which server to attack: HOST:PORT")
     ask = _Asked(**options)  # type: ignore[arg-type]  # click gives each option its type
-    audit = prepare(_target(address, ask), _means(ask), _pace(ask))
-    report = run(audit, checks, _progress(len(checks)))
+    if ask.local:
+        _refuse_beside_local()
+        report = audit_local(checks, _pace(ask), _progress(how_many(checks)))
+    elif address is None:
+        raise click.UsageError("say which server to attack: HOST:PORT; or --local, a guard that is started for it")
+    else:
+        audit = prepare(_target(address, ask), _means(ask), _pace(ask))
+        report = run(audit, checks, _progress(len(checks)))
     _write(report, ask, as_json)
     return Exit.REFUSED if report.failed else Exit.OK
 
@@ -104,6 +114,7 @@ def audit_(address: str | None, list_checks: bool, only: tuple[str, ...], as_jso
 class _Asked:
     """The options of one call."""
 
+    local: bool
     as_name: str | None
     cert: Path | None
     key: Path | None
@@ -121,6 +132,17 @@ class _Asked:
     key_passphrase_file: Path | None
     passphrase_file: Path | None
     state: Path | None
+
+
+def _refuse_beside_local() -> None:
+    """What says whom to attack and by what means would be passed over beside --local."""
+    context = click.get_current_context()
+    ours = {"local", "only", "gentle", "handshake_limit", "as_json", "sarif", "html", "junit"}
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name not in ours and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            what = "HOST:PORT" if name == "address" else parameter.opts[0]
+            raise click.UsageError(f"--local makes its own server and clients; leave out {what}")
 
 
 def _target(address: str, ask: _Asked) -> Target:

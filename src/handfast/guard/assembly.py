@@ -22,6 +22,7 @@ from handfast.guard.assertion import Minter
 from handfast.guard.config import parse_config, parse_rules, read_config
 from handfast.guard.connection import Limits, Listener
 from handfast.guard.limits import Gate, Rate, Rates
+from handfast.guard.ocsp import OcspChecker
 from handfast.guard.places import Target, parse_target
 from handfast.guard.routes import Identify, Route, Site, Sites, Snapshot
 from handfast.guard.schema import (
@@ -55,6 +56,7 @@ _H2, _HTTP1 = b"h2", b"http/1.1"
 _RETRY = timedelta(seconds=30)  # after which a reload that failed is tried again, though nothing changed
 # Backends by what `to` says and the seconds to connect, with the configuration that they were made of.
 _Groups = dict[tuple[str, float], tuple[UpstreamConfig, Upstreams]]
+_Asking = tuple[Ocsp, str | None, frozenset[str]]  # how a site asks by OCSP; those that do alike know the same
 
 
 class Feed(Protocol):
@@ -101,6 +103,7 @@ class Assembly:
     listeners: dict[str, Listener] = field(default_factory=dict)
     certificates: dict[str, datetime] = field(default_factory=dict)  # listener and names -> when it expires
     _groups: _Groups = field(default_factory=dict)
+    _checkers: dict[_Asking, OcspChecker] = field(default_factory=dict)  # and so what they know outlives a snapshot
     _generation: int = 0
     _revision: int = -1
     _watch: Watch = field(default_factory=lambda: Watch(()))
@@ -223,8 +226,6 @@ class Assembly:
         now, http = making.now, listener.mode is Mode.HTTP
         assert site.cert is not None
         assert site.key is not None
-        if site.ocsp is not Ocsp.OFF:  # never pass for asked what is not
-            raise InvalidInput(Reason.GUARD_SITES, detail="ocsp is not asked by this version; write crl, or state")
         opens = None
         if site.key_passphrase_file is not None:
             opens = self.passphrase(site.key_passphrase_file)
@@ -258,7 +259,7 @@ class Assembly:
         routes = [self._route(making, (listener, site, route), policy, bundle.trust_domain) for route in asked]
         identify, renew = self._identify(site, credential.chain[0])
         nameless = site.default or not site.names or len(listener.all_sites) == 1
-        return Site(context, tuple(routes), site.names, nameless, identify, renew)
+        return Site(context, tuple(routes), site.names, nameless, identify, renew, ocsp=self._ocsp(site))
 
     def _route(
         self,
@@ -291,6 +292,14 @@ class Assembly:
             group = making.upstreams(to, connect, () if old is None else old[1].backends)
         making.groups[to, connect] = asked, group
         return group
+
+    def _ocsp(self, site: SiteConfig) -> OcspChecker | None:
+        if site.ocsp is Ocsp.OFF or site.client_auth is ClientAuth.OFF:
+            return None
+        asking = site.ocsp, site.ocsp_url, frozenset(site.ocsp_hosts)
+        if asking not in self._checkers:
+            self._checkers[asking] = OcspChecker(asking[0], url=asking[1], hosts=asking[2])
+        return self._checkers[asking]
 
     def _identify(self, site: SiteConfig, leaf: x509.Certificate) -> tuple[Identify, float]:
         styles = tuple(HeaderStyle(style.value) for style in site.headers if style.value != "assertion")

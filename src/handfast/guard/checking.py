@@ -1,4 +1,4 @@
-"""Between the handshake and the session: a client that has to wait for a responder's word, and those it is asked about anew.
+"""Between handshake and session: a client that waits for a responder's word, and open ones that are asked about anew.
 
 Nothing in here can reach an app: what was proven so far is handed back once the word is there.
 """

@@ -25,6 +25,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from handfast.errors import Failure, Reason
+from handfast.guard.checking import look_again
 from handfast.guard.entry import Announced, Gone, Handshaking, Lingering
 from handfast.guard.events import Logged, told
 from handfast.guard.http import HttpSession
@@ -197,8 +198,11 @@ class Connection(asyncio.Protocol):
             self._have(self._state.expired)
         elif self.peer is not None and now >= self.peer.not_after:
             self.end_trust(Failure(Reason.ENDED_EXPIRED))
-        elif isinstance(self._state, HttpSession):
-            self._state.rest(moment)
+        else:
+            if isinstance(self._state, HttpSession):
+                self._state.rest(moment)
+            if self.peer is not None and self.site.ocsp is not None:
+                look_again(self, now)
 
     def recheck(self, now: datetime) -> None:
         """Act on a new snapshot: a peer that it does not trust, or cannot judge, is cut off."""

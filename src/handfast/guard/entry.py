@@ -9,9 +9,11 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from handfast.errors import Failure, Reason, RemoteProtocolError
+from handfast.guard.checking import Checking
 from handfast.guard.door import Door
 from handfast.guard.events import refusal_body, told
 from handfast.guard.http import HttpSession
+from handfast.guard.ocsp import Verdict
 from handfast.guard.tunnel import Tunnel
 from handfast.pki.certificates import label, serial_text
 from handfast.tls.server import Accepted, Channel, Refused, ServerHandshake
@@ -276,7 +278,7 @@ class Gone:
         """Ignored."""
 
 
-def _admit(connection: Connection, accepted: Accepted) -> None:
+def _admit(connection: Connection, accepted: Accepted, verdict: Verdict | None = None) -> None:
     guard, peer, facts, listener = connection.guard, accepted.peer, accepted.facts, connection.listener
     # The snapshot may have changed while the handshake ran (ztunnel#1986): judge by the one in force now.
     site = guard.snapshot.sites[listener.name].pick(facts.server_name)
@@ -286,11 +288,21 @@ def _admit(connection: Connection, accepted: Accepted) -> None:
         assert failure is not None
         _refuse(connection, Refused((failure,), presented, accepted.channel, facts))
         return
+    if peer is not None and site.ocsp is not None:
+        verdict = verdict or site.ocsp.known(peer, guard.now)
+        if verdict is None:
+            connection.become(Checking(connection, accepted, site.ocsp, _admit))
+            return
+        if verdict.failure is not None:
+            _refuse(connection, Refused((verdict.failure,), presented, accepted.channel, facts))
+            return
     connection.site, connection.facts = site, facts
     connection.peer, connection.who = peer, None if peer is None else str(peer.identity)
     if (failure := connection.admit_identity()) is not None:
         connection.limited(failure)
         return
+    if verdict is not None and verdict.unanswered is not None:
+        connection.event("ocsp", {"decision": "allow"} | told(verdict.unanswered))
     shown: dict[str, Any] = {"version": facts.version, "cipher": facts.cipher, "group": facts.group}
     shown["ms"] = round((monotonic() - connection.opened) * 1000, 1)
     if peer is not None:

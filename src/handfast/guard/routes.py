@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from handfast.errors import Failure, InvalidInput, Reason
+from handfast.guard.ocsp import OcspChecker
 from handfast.guard.upstream import Upstreams
 from handfast.pki.verification import VerifiedPeer, still_trusted
 from handfast.policy import Policy, admits
@@ -69,6 +70,7 @@ class Site:
     nameless: bool = True
     identify: Identify = usual_headers
     refresh_headers: float = 0.0
+    ocsp: OcspChecker | None = None  # None: no responder is asked about clients
     elsewhere: frozenset[str] = frozenset()
     judges_paths: bool = field(init=False, default=False)
     judges_requests: bool = field(init=False, default=False)

