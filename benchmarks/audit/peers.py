@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from handfast.audit.local import BACK, FRONT, PROTECTED
-from handfast.cli.auditing_local import guard_config
+from handfast.cli.auditing_local import Ears, guard_config
 
 ENVOY = Path(__file__).parents[2] / "build" / "envoy"
 SEARCHED = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -69,7 +69,7 @@ def _says(*words: str) -> list[str]:
 
 
 def _handfast(place: Place) -> str:
-    return guard_config(place.app, {"1.3": f"127.0.0.1:{place.port}"})
+    return guard_config(place.app, [Ears(listen=f"127.0.0.1:{place.port}")])
 
 
 def _handfast_command(place: Place) -> list[str]:
@@ -202,7 +202,9 @@ def _stunnel_command(place: Place) -> list[str]:
 
 
 def _stunnel_version() -> str:
-    lines = [line for line in _says(_found("stunnel"), "-version") if line.startswith(("stunnel", "Running", "Compiled"))]
+    lines = [
+        line for line in _says(_found("stunnel"), "-version") if line.startswith(("stunnel", "Running", "Compiled"))
+    ]
     return f"{lines[0].split()[1]}, {lines[-1].strip()}"
 
 

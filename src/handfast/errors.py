@@ -358,6 +358,8 @@ class Reason(Enum):
     HTTP_BODY_TOO_LARGE = _http("body_too_large", "the request's body is larger than {limit} bytes", 413)
     HTTP_TIMEOUT = _http("timeout", "the request did not arrive in time", 408)
     HTTP_TOO_MANY_HEADERS = _http("too_many_headers", "the request has more than {limit} header lines", 431)
+    HTTP_H2 = _http("h2", "the client does not keep to HTTP/2: {detail}")
+    HTTP_H2_FLOOD = _http("h2_flood", "the client sends more {what} than one that means well", 429)
 
     # The app behind the guard.
     UPSTREAM_DOWN = Row(

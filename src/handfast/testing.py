@@ -19,7 +19,7 @@ import ipaddress
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from enum import StrEnum
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -194,9 +194,11 @@ class Flaw(StrEnum):
     SHA1 = "sha1"
     MD5 = "md5"  # from an RSA issuer: presented with that issuer behind it
     HUGE_KEY = "huge-key"  # RSA of 16384 bits; nobody holds its key
+    HUGE_ISSUER_KEY = "huge-issuer-key"  # an issuer with such a key, and a signature of its length that nobody made
     NUL_IN_NAME = "nul-in-name"  # CVE-2009-2408
     CONTROL_IN_NAME = "control-in-name"
     NUL_IN_SUBJECT = "nul-in-subject"
+    NUL_BEHIND_NAME = "nul-behind-name"  # the first name, a NUL, and more: who stops at the NUL takes it for good
     TWO_URIS = "two-uris"
     URI_AS_DNS = "uri-as-dns"  # a URI spelled in a dNSName
     URI_AS_OTHER_NAME = "uri-as-other-name"
@@ -208,6 +210,20 @@ class Flaw(StrEnum):
     NAME_CONSTRAINT = "name-constraint"
     NOT_A_CA = "issuer-not-ca"  # an issuer with basicConstraints cA:false
     LONG_CHAIN = "long-chain"  # 100 issuers
+
+
+class NameKind(Enum):
+    """A kind of alternative name (RFC 5280 4.2.1.6) that can hold any text."""
+
+    EMAIL = "email"
+    DNS = "DNS name"
+    URI = "URI"
+    OTHER = "other name"
+
+    @property
+    def tag(self) -> int:
+        """Its tag in GeneralName."""
+        return {NameKind.EMAIL: _EMAIL, NameKind.DNS: _DNS, NameKind.URI: _URI, NameKind.OTHER: _OTHER_NAME}[self]
 
 
 def make(spec: Spec, issuer: TestAuthority | None) -> TestLeaf:
@@ -312,6 +328,18 @@ def below(leaf: TestLeaf, spec: Spec) -> TestLeaf:
     return make(spec, TestAuthority(leaf.certificate, leaf.key, leaf.presented))
 
 
+def names_as(kind: NameKind, text: str) -> bytes:
+    """The DER of an alternative-name extension with one entry of this kind, whatever the text is."""
+    if kind is NameKind.OTHER:
+        return _san((_OTHER_NAME, _OTHER_OID + _tlv(0xA0, _tlv(0x0C, text.encode()))))
+    return _san((kind.tag, text.encode()))
+
+
+def _raw(text: str) -> tuple[int, bytes]:
+    """A text as the name that it looks like, whatever bytes are in it."""
+    return (_URI if "://" in text or text.startswith("urn:") else _EMAIL if "@" in text else _DNS), text.encode()
+
+
 def _san(*names: tuple[int, bytes]) -> bytes:
     return _tlv(der.SEQUENCE, *(_tlv(tag, text) for tag, text in names))
 
@@ -324,10 +352,24 @@ def _weak_key(authority: TestAuthority, names: tuple[str, ...]) -> TestLeaf:
     return make(Spec(names=names, key=rsa.generate_private_key(65537, 1024)), authority)  # noqa: S505  # the flaw
 
 
-def _huge_key(authority: TestAuthority, names: tuple[str, ...]) -> TestLeaf:
+def _huge() -> rsa.RSAPublicKey:
     # Any odd number is a modulus to whoever verifies; to make a true one takes minutes.
     modulus = (1 << 16383) | int.from_bytes(hashlib.shake_256(b"modulus").digest(2047), "big") | 1
-    return make(Spec(names=names, public_key=rsa.RSAPublicNumbers(65537, modulus).public_key()), authority)
+    return rsa.RSAPublicNumbers(65537, modulus).public_key()
+
+
+def _huge_key(authority: TestAuthority, names: tuple[str, ...]) -> TestLeaf:
+    return make(Spec(names=names, public_key=_huge()), authority)
+
+
+def _huge_issuer_key(authority: TestAuthority, names: tuple[str, ...]) -> TestLeaf:
+    issuer = authority.sub("Huge Issuer", public_key=_huge())
+    rsa_key = generate_key(KeyType.RSA2048)  # for the algorithm's name; its signature is replaced
+    named = TestAuthority(issuer.certificate, rsa_key, issuer.above)
+    leaf = make(Spec(names=names, key_ids=False), named)
+    signed, algorithm, _ = der.read_all(der.read_one(leaf.presented[0])[1])
+    forged = _tlv(der.SEQUENCE, _tlv(*signed), _tlv(*algorithm), _tlv(_BIT_STRING, b"\0" + b"\x55" * 2048))
+    return TestLeaf(leaf.key, (forged, *leaf.presented[1:]))
 
 
 def _weak_hash(name: WeakHash) -> _Flawed:
@@ -454,7 +496,7 @@ def _pem(certificate: bytes) -> bytes:
     return b"\n".join((b"-----BEGIN CERTIFICATE-----", *lines, b"-----END CERTIFICATE-----", b""))
 
 
-_DNS, _URI, _OTHER_NAME = 0x82, 0x86, 0xA0  # GeneralName's tags, RFC 5280 4.2.1.6
+_EMAIL, _DNS, _URI, _OTHER_NAME = 0x81, 0x82, 0x86, 0xA0  # GeneralName's tags, RFC 5280 4.2.1.6
 _BIT_STRING = 0x03
 _OTHER_OID = bytes.fromhex("06082b06010401868d1f")  # 1.3.6.1.4.1.99999
 _FLAWS: dict[Flaw, _Flawed] = {
@@ -474,9 +516,11 @@ _FLAWS: dict[Flaw, _Flawed] = {
     Flaw.SHA1: _weak_hash("sha1"),
     Flaw.MD5: _weak_hash("md5"),
     Flaw.HUGE_KEY: _huge_key,
+    Flaw.HUGE_ISSUER_KEY: _huge_issuer_key,
     Flaw.NUL_IN_NAME: _spec(san=_san((_DNS, b"admin.test\0.attacker.test"))),
     Flaw.CONTROL_IN_NAME: _spec(san=_san((_URI, b"spiffe://test/web\r\nX-Admin: yes"))),
     Flaw.NUL_IN_SUBJECT: _spec(subject="admin\0.attacker.test"),
+    Flaw.NUL_BEHIND_NAME: lambda authority, names: authority.client(san=_san(_raw(names[0] + "\0.attacker.test"))),
     Flaw.TWO_URIS: lambda authority, names: authority.client(names[0], "spiffe://test/admin"),
     Flaw.URI_AS_DNS: _spec(san=_san((_DNS, b"spiffe://test/admin"))),
     Flaw.URI_AS_OTHER_NAME: _spec(san=_san((_OTHER_NAME, _OTHER_OID + b"\xa0\x05\x0c\x03web"))),

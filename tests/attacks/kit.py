@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import signal
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +34,7 @@ from handfast.tls.server import ClientAuth, ServerContext, ServerSettings
 from tests.support.apps import HELLO, App, client_context, get
 from tests.support.certs import Ca, Leaf
 from tests.support.guards import Running
+from tests.support.programs import HANDFAST, Child, environment
 
 WAIT = 5.0
 UPGRADE = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: x", "Sec-WebSocket-Version: 13")
@@ -293,8 +296,6 @@ def lax_twin(leaf: Leaf, folder: Path, *, session_ids: bool = False) -> Iterator
     context.load_cert_chain(*leaf.save(folder, "twin"))
     if session_ids:
         context.options |= ssl.OP_NO_TICKET
-    import threading
-
     def serve() -> None:
         while True:
             try:
@@ -381,3 +382,44 @@ def upgraded(tls: ssl.SSLSocket, path: str = "/ws") -> None:
     assert answer.startswith(b"HTTP/1.1 101 "), answer
     tls.sendall(b"frame")
     assert tls.recv(5) == b"FRAME"
+
+
+# The real command.
+
+LISTENER = """log = "json"
+[[listener]]
+listen = "127.0.0.1:0"
+cert = "server.crt"
+key = "server.key"
+client_ca = "clients.crt"
+"""
+
+
+@dataclass
+class Command:
+    """`handfast guard -c`, as a child, and its events."""
+
+    child: Child
+    address: str
+
+    def next(self, kind: str) -> dict[str, Any]:
+        """The next event of this kind; others before it are passed over."""
+        event: dict[str, Any] = json.loads(self.child.line(f'"event": ?"{kind}"'))
+        return event
+
+    def reload(self) -> dict[str, Any]:
+        """Have it read its files again; what it says of that."""
+        self.child._process.send_signal(signal.SIGHUP)
+        return self.next("reload")
+
+
+@contextmanager
+def command(folder: Path, config: str, **env: str) -> Iterator[Command]:
+    """Run the guard with a configuration until the `with` ends."""
+    (folder / "handfast.toml").write_text(config)
+    words = (*HANDFAST, "guard", "-c", folder / "handfast.toml")
+    with Child(words, folder, environment(**env), merge=False) as child:
+        ready = json.loads(child.line('"event": ?"ready"'))
+        yield Command(child, ready["listeners"][0]["url"].partition("://")[2])
+        code = child.stop()
+    assert (code, child.errors) == (0, [])

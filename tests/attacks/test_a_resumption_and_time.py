@@ -19,10 +19,12 @@ from handfast.pki import TrustBundle
 from handfast.policy import parse_policy
 from handfast.tls.server import ClientAuth
 from tests.attacks.kit import (
+    LISTENER,
     Attacker,
     Stepwise,
     Vhost,
     chain_of,
+    command,
     ended_within,
     lax_twin,
     one,
@@ -187,42 +189,31 @@ def test_a8_no_path_of_resumption_is_open(attacker: Attacker, ca: Ca) -> None:
         assert "TLS session ticket" not in said
 
 
-def test_a8_the_command_gives_no_ticket_and_takes_none(attacker: Attacker, ca: Ca, tmp_path: Path) -> None:
+def test_a8_the_command_gives_no_ticket_and_takes_none(ca: Ca, tmp_path: Path) -> None:
     """A2, A8: `handfast guard` with two workers sends no ticket in TLS 1.3; a session from elsewhere with the same key
     is not resumed by either."""
-    from tests.e2e.guard_kit import Files, guarding
+    server, client = ca.server(), ca.client()
+    server.save(tmp_path, "server")
+    ca.save(tmp_path, "clients")
+    cert, key = client.save(tmp_path, "client")
+    shown = ("-cert", str(cert), "-key", str(key), "-servername", "localhost", "-ign_eof")
+    with lax_twin(server, tmp_path) as twin, App() as app:
+        config = f'workers = 2\n{LISTENER}to = "{app.address}"\n'
+        with command(tmp_path, config) as guard:
 
-    files = Files(tmp_path, ca)
-    client = files.client()
-    with lax_twin(Leaf(*_pair(files, "server")), tmp_path) as twin, App() as app:
-        config = f'[[listener]]\nlisten = "127.0.0.1:0"\ncert = "server.crt"\nkey = "server.key"\nclient_ca = "ca.crt"\nto = "{app.address}"\n'
-        with guarding(tmp_path, config, top="workers = 2\n") as guard:
-            shown = ("-cert", str(client.cert), "-key", str(client.key), "-servername", "localhost", "-ign_eof")
-            for address, session in ((twin, "given"), (f"127.0.0.1:{guard.port}", "ours")):
-                said = run(
-                    *("openssl", "s_client", "-connect", address, "-sess_out", session, *shown),
-                    folder=tmp_path,
-                    stdin=get().decode(),
-                ).stdout
-                assert "200 OK" in said
-                assert ("New Session Ticket arrived" in said) is (session == "given")
-            assert not (tmp_path / "ours").exists()
+            def say(address: str, *words: str) -> str:
+                line = ("openssl", "s_client", "-connect", address, *words)
+                return run(*line, folder=tmp_path, stdin=get().decode()).stdout
+
+            assert "New Session Ticket arrived" in say(twin, "-sess_out", "given", *shown)
+            said = say(guard.address, "-sess_out", "ours", *shown)
+            assert "200 OK" in said
+            assert "New Session Ticket arrived" not in said
             for _ in range(6):
-                said = run(
-                    *("openssl", "s_client", "-connect", f"127.0.0.1:{guard.port}", "-sess_in", "given", *shown[4:]),
-                    folder=tmp_path,
-                    stdin=get().decode(),
-                ).stdout
+                said = say(guard.address, "-sess_in", "given", *shown[4:])
                 assert "Reused" not in said
                 assert "verify.no_certificate" in said
-
-
-def _pair(files: object, name: str) -> tuple[x509.Certificate, object]:
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-    folder: Path = files.folder  # type: ignore[attr-defined]  # imported where it is used
-    key = load_pem_private_key((folder / f"{name}.key").read_bytes(), None)
-    return x509.load_pem_x509_certificate((folder / f"{name}.crt").read_bytes()), key
+        assert app.connections == 1
 
 
 @pytest.mark.parametrize("tcp", [False, True])

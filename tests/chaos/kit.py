@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +24,6 @@ from tests.support.programs import HANDFAST, environment, free_port
 
 WAIT = 20.0
 PATIENCE = 60.0  # seconds that a client waits: the queue of a dead worker is served by its next life
-_IDENTITY = b"client-identity: "
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -278,6 +277,10 @@ class Caller:
         self.slowest = max(self.slowest, time.monotonic() - self.opened)
 
     @property
+    def connected(self) -> bool:
+        return self._tls is not None
+
+    @property
     def shown(self) -> bytes:
         """The certificate that the guard showed, in DER."""
         assert self._tls is not None
@@ -336,13 +339,3 @@ class Caller:
         if not piece:
             raise ConnectionResetError("closed before the answer")
         self._pending += piece
-
-
-@dataclass
-class Tally:
-    """What clients met, gathered from their threads."""
-
-    requests: int = 0
-    connections: int = 0
-    wrong: list[Answer] = field(default_factory=list)
-    strange: list[str] = field(default_factory=list)

@@ -55,7 +55,6 @@ class Made:
     this: datetime = NOW - SECOND
     next: datetime | None = NOW + HOUR
     signer: Leaf = field(default_factory=lambda: Leaf(CA.certificate, CA.key))
-    named: Leaf | None = None  # None: the signer
     by: OCSPResponderEncoding = OCSPResponderEncoding.HASH
     hash: Any = field(default_factory=hashes.SHA256)
     id_hash: Any = field(default_factory=hashes.SHA1)
@@ -68,7 +67,7 @@ class Made:
             *(self.about.certificate, self.issuer.certificate, self.id_hash, self.status, self.this, self.next),
             *(NOW - HOUR if revoked else None, x509.ReasonFlags.key_compromise if revoked else None),
         )
-        builder = builder.responder_id(self.by, (self.named or self.signer).certificate)
+        builder = builder.responder_id(self.by, self.signer.certificate)
         if self.brings:
             builder = builder.certificates([leaf.certificate for leaf in self.brings])
         for extension, critical in self.extra:
@@ -127,11 +126,10 @@ BAD: dict[str, tuple[Made, str]] = {
         Made(signer=Leaf(SAME_NAME.certificate, SAME_NAME.key), by=OCSPResponderEncoding.NAME),
         "its signature is not its signer's",
     ),
-    "named_but_not_signed": (
-        Made(signer=Leaf(SAME_NAME.certificate, SAME_NAME.key), named=Leaf(CA.certificate, CA.key)),
-        "its signature is not its signer's",
+    "signed_but_not_named": (
+        Made(signer=Leaf(ROOT.sub("Elsewhere", key=CA.key).certificate, CA.key), by=OCSPResponderEncoding.NAME),
+        "neither the issuer nor a delegate",
     ),
-    "signed_but_not_named": (Made(named=OTHER), "neither the issuer nor a delegate"),
     "delegate_not_brought": (Made(signer=DELEGATE), "neither the issuer nor a delegate"),
     "delegate_beyond_the_bound": (replace(by(DELEGATE), brings=(*[OTHER] * 4, DELEGATE)), "neither the issuer nor"),
     "delegate_without_eku": (by(delegated(eku=None)), "may not sign OCSP answers"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from handfast.errors import InvalidInput, Reason
 from handfast.pki import Purpose, Terms, TrustBundle, VerifiedPeer, verify
-from handfast.policy import ALLOW_ANY, Effect, Policy, Request, admits, decide, parse_policy, parse_rule
+from handfast.policy import ALLOW_ANY, Effect, Policy, Request, decide, parse_policy, parse_rule
 from tests.support.certs import Ca
 
 ROOT = Ca.root()
@@ -109,12 +109,6 @@ def test_rules_with_a_path_do_not_speak_of_whole_connections() -> None:
     """A TCP connection is allowed only by a rule that asks for neither method nor path."""
     assert not decide(parse_policy(["any GET", "any /x"]), WEB, None).allowed
     assert decide(parse_policy(["any GET", "any"]), WEB, None).allowed
-
-
-def test_a_peer_that_no_rule_could_allow_is_not_admitted() -> None:
-    """A peer with an allowance for some path is admitted; one with none, or only denials, is not."""
-    assert admits(parse_policy(["web GET /x"], "td"), WEB)
-    assert not admits(parse_policy(["api GET /x", "deny web"], "td"), WEB)
 
 
 @pytest.mark.parametrize(

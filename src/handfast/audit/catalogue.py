@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from handfast.audit import certificates, confusion, hellos, middle, parameters, replays, slowness
+from handfast.audit import (
+    certificates,
+    confusion,
+    hellos,
+    insider_certificates,
+    middle,
+    parameters,
+    replays,
+    slowness,
+)
 from handfast.audit.model import Check
 from handfast.errors import InvalidInput, Reason
 
@@ -17,6 +26,7 @@ CHECKS: tuple[Check, ...] = (
     *confusion.CHECKS,
     *slowness.CHECKS,
     *middle.CHECKS,
+    *insider_certificates.CHECKS,
 )
 
 

@@ -17,6 +17,7 @@ from handfast.audit.model import Need, Outcome, not_applicable, unclear
 from handfast.audit.oracle import Reach, Reply, must_be_refused, reach, worst
 from handfast.audit.runner import Audit
 from handfast.audit.wires import Silence, Wire, answer, ask, shake_hands
+from handfast.errors import Unreachable
 from handfast.testing import TestAuthority, TestLeaf
 from handfast.tls.probe import Offer, Probe, ProbeRefused
 
@@ -152,7 +153,7 @@ def talking(audit: Audit, offer: Offer, seconds: float | None = None) -> Iterato
 def took(audit: Audit, client: TestLeaf) -> float | None:
     """Seconds that a good client waits for its answer; None where it gets none."""
     began = time.monotonic()
-    with suppress(OSError, Silence, ProbeRefused):
+    with suppress(OSError, Silence, ProbeRefused, Unreachable):
         reply = audit.call(client, tls12=not audit.look.tls13 and audit.look.tls12)
         if reach(reply, audit.baseline)[0] is Reach.YES:
             return time.monotonic() - began

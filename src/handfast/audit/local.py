@@ -11,22 +11,31 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from handfast.audit.middle import CLIENTS
 from handfast.audit.model import Finding, Report, Verdict
 from handfast.audit.oracle import MAX_ITEMS
-from handfast.audit.runner import Client, Means, Target
-from handfast.testing import TestAuthority
+from handfast.audit.runner import Client, Means, Revoker, Target
+from handfast.files import write_public
+from handfast.pki.issuing import Issuer
+from handfast.pki.revocation import build_crl
+from handfast.testing import TestAuthority, TestLeaf
 
 FRONT, BACK = "front.audit.internal", "back.audit.internal"  # server names: two sites of one server
 PROTECTED = "/protected"  # the path that the server before the app has to deny to everybody
 
+_DAY = timedelta(days=1)
 _MAX_HEAD = 64 << 10  # bytes
 _MAX_BODY = 16 << 20  # bytes of one request
 _PATIENCE = 120.0  # seconds without a byte, after which the app ends a connection
 # In front of what is echoed, so that every answer is longer than any alert of TLS.
-_PREFACE = b"The app got a request. Its head, as it came, byte for byte, stands below this line.\r\n" + b"-" * 80 + b"\r\n"
+_PREFACE = (
+    b"The app got a request. Its head, as it came, byte for byte, stands below this line.\r\n" + b"-" * 80 + b"\r\n"
+)
 
 
 @dataclass
@@ -160,31 +169,47 @@ def _until_line(connection: socket.socket, data: bytes) -> bytes:
 class Stage:
     """The files that a server is set up with, and the keys that attack it.
 
-    In `folder`: front.crt, front.key, back.crt, back.key (servers, by the third authority in servers.crt);
-    front-ca.crt and back-ca.crt (whom each site takes clients of); each pair also in one file, .pem.
+    In `folder`, PEM: front.crt, front.key, back.crt, back.key (servers, by the third authority in servers.crt), each
+    pair also in one file, .pem; front-ca.crt and back-ca.crt (whom each site takes clients of), and the revocation
+    lists of these two, front.crl and back.crl. On the first stands `revoked`, a client's leaf.
     """
 
     folder: Path
     front: TestAuthority
     back: TestAuthority
+    revoked: TestLeaf
+    _serials: list[int] = field(default_factory=list)  # on the list of the authority in front
 
     @classmethod
     def set_up(cls, folder: Path) -> Stage:
         """Make the authorities and write the files. Raises StoreError."""
         servers = TestAuthority.root("Audit Servers")
         servers.save(folder, "servers")
-        stage = cls(folder, TestAuthority.root("Audit Front"), TestAuthority.root("Audit Back"))
+        front, back = TestAuthority.root("Audit Front"), TestAuthority.root("Audit Back")
+        stage = cls(folder, front, back, front.client())
         for name, site, authority in (("front", FRONT, stage.front), ("back", BACK, stage.back)):
             authority.save(folder, f"{name}-ca")
             cert, key = servers.server(site).save(folder, name)
             both = folder / f"{name}.pem"
             both.touch(0o600)
             both.write_bytes(cert.read_bytes() + key.read_bytes())
+        stage.revoke(stage.revoked)
+        write_public(folder / "back.crl", _crl(back, ()))
         return stage
+
+    def revoke(self, leaf: TestLeaf) -> None:
+        """Put a leaf on the list in front.crl. Raises StoreError."""
+        self._serials.append(leaf.certificate.serial_number)
+        write_public(self.folder / "front.crl", _crl(self.front, self._serials))
+
+    @property
+    def revoker(self) -> Revoker:
+        """The authority of the site in front, with its list, for a server that reads the list when it changes."""
+        return Revoker(lambda names: self.front.client(*names), self.revoke)
 
     def target(self, port: int) -> Target:
         """The site in front, at a port of this machine."""
-        return Target("127.0.0.1", port, FRONT)
+        return Target("127.0.0.1", port, FRONT, echo="/echo", protected=f"{PROTECTED}/secret")
 
     @property
     def means(self) -> Means:
@@ -194,6 +219,14 @@ class Stage:
         """
         client = Client("handfast", str(self.folder / "servers.crt"), CLIENTS["handfast"])
         return Means(self.front.client(), self.front, client)
+
+
+def _crl(authority: TestAuthority, serials: Sequence[int]) -> bytes:
+    """A revocation list as PEM; its number is how many are on it."""
+    now = datetime.now(UTC)
+    entries = [(serial, now, None) for serial in serials]
+    issuer = Issuer(authority.certificate, authority.key, ())
+    return build_crl(issuer, entries, len(entries) + 1, now, now + _DAY).public_bytes(Encoding.PEM)
 
 
 def fold(reports: Sequence[tuple[str, Report]], *more: Finding) -> Report:

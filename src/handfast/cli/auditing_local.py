@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,19 +16,28 @@ from typing import Any
 
 from handfast.audit.local import BACK, FRONT, PROTECTED, Echo, Stage, fold
 from handfast.audit.model import Check, Evidence, Outcome, Remedies, Report, Severity, failed, passed
-from handfast.audit.runner import Audit, Pace, Progress, prepare, run
+from handfast.audit.runner import Audit, Means, Pace, Progress, prepare, run
 from handfast.errors import Reason, Unreachable
 from handfast.files import write_public
 
-_LISTENERS = {"TLS 1.3": "1.3", "TLS 1.2 too": "1.2"}  # what each is called in the report -> its tls_min
 _PATIENCE = 30.0  # seconds for the guard to start, and to end
 _HANDSHAKE = 15.0  # seconds that a slow client may have: the guard's own limit is 10
 _MOST = 20  # lines of the guard's that are kept
 
+
+@dataclass(frozen=True, slots=True)
+class Ears:
+    """A listener: the oldest version of TLS that it takes, whether it reads revocation lists, and where it is."""
+
+    oldest: str = "1.3"
+    crl: bool = False
+    listen: str = "127.0.0.1:0"
+
+
 _HEAD = 'log = "json"\ndrain = "2s"\n'
 _LISTENER = """
 [[listener]]
-name = "tls{version}"
+name = "listener-{number}"
 listen = "{listen}"
 """
 _SITE = """
@@ -37,11 +46,16 @@ names = ["{site}"]
 cert = "{name}.crt"
 key = "{name}.key"
 client_ca = "{name}-ca.crt"
-tls_min = "{version}"
+tls_min = "{oldest}"
 to = "127.0.0.1:{app}"
 allow = ["deny any {protected}/**", "allow any"]
 headers = ["client-cert", "client-identity", "xfcc", "x-ssl-client"]
 """
+_CRL = 'crl = ["{name}.crl"]\n'
+
+
+# Without a list all of a chain is judged by other things; with one, every authority in it must have its own.
+_LISTENERS = {"TLS 1.3": Ears(), "TLS 1.2 and a revocation list": Ears(oldest="1.2", crl=True)}
 
 
 def audit_local(checks: Sequence[Check], pace: Pace, progress: Progress) -> Report:
@@ -52,15 +66,23 @@ def audit_local(checks: Sequence[Check], pace: Pace, progress: Progress) -> Repo
     pace = replace(pace, limit=min(pace.limit, _HANDSHAKE), patience=min(pace.patience, _HANDSHAKE))
     with TemporaryDirectory(prefix="handfast-audit-") as name, Echo() as app:
         stage = Stage.set_up(Path(name))
-        listeners = dict.fromkeys(_LISTENERS.values(), "127.0.0.1:0")
-        write_public(stage.folder / "handfast.toml", guard_config(app.port, listeners).encode())
+        write_public(stage.folder / "handfast.toml", guard_config(app.port, _LISTENERS.values()).encode())
         log = _Log()
-        with _guarding(stage.folder, log) as ports, ThreadPoolExecutor(len(ports)) as pool:
-            ready = [prepare(stage.target(port), stage.means, pace) for port in ports]
+        with _guarding(stage.folder, log) as (pid, ports), ThreadPoolExecutor(len(ports)) as pool:
+            ready = [prepare(stage.target(port), _means(stage, pid, ports, port), pace) for port in ports]
             running: list[Future[Report]] = [pool.submit(run, audit, checks, progress) for audit in ready]
             reports = [one.result() for one in running]
         (whole,) = run(ready[0], [_whole(log)], progress).findings
     return fold(list(zip(_LISTENERS, reports, strict=True)), whole)
+
+
+def _means(stage: Stage, pid: int, ports: Sequence[int], port: int) -> Means:
+    """What there is against the listener at `port`. Only one that reads lists can be told of a revocation."""
+    other = next(one for one in ports if one != port)
+    means = replace(stage.means, pid=pid, other=stage.target(other))
+    if list(_LISTENERS.values())[ports.index(port)].crl:
+        means = replace(means, revoked=stage.revoked, revoker=stage.revoker)
+    return means
 
 
 def how_many(checks: Sequence[Check]) -> int:
@@ -68,16 +90,14 @@ def how_many(checks: Sequence[Check]) -> int:
     return len(checks) * len(_LISTENERS) + 1
 
 
-def guard_config(app: int, listeners: Mapping[str, str]) -> str:
-    """A handfast.toml for the files of a Stage, beside them: two sites, the app at a port, and a path denied to all.
-
-    `listeners`: the oldest version of TLS, "1.3" or "1.2", of each, and where it listens.
-    """
+def guard_config(app: int, listeners: Iterable[Ears]) -> str:
+    """A handfast.toml for the files of a Stage, beside them: two sites, the app at a port, and a path denied to all."""
     text = _HEAD
-    for version, listen in listeners.items():
-        text += _LISTENER.format(version=version.replace(".", ""), listen=listen)
+    for number, ears in enumerate(listeners, 1):
+        text += _LISTENER.format(number=number, listen=ears.listen)
         for name, site in (("front", FRONT), ("back", BACK)):
-            text += _SITE.format(name=name, site=site, version=version, app=app, protected=PROTECTED)
+            text += _SITE.format(name=name, site=site, oldest=ears.oldest, app=app, protected=PROTECTED)
+            text += _CRL.format(name=name) if ears.crl else ""
     return text
 
 
@@ -114,8 +134,8 @@ class _Log:
 
 
 @contextmanager
-def _guarding(folder: Path, log: _Log) -> Iterator[list[int]]:
-    """Run `handfast guard` on the configuration in `folder`; the ports of its listeners. Raises Unreachable."""
+def _guarding(folder: Path, log: _Log) -> Iterator[tuple[int, list[int]]]:
+    """Run `handfast guard` on the configuration in `folder`: its process, and its listeners' ports. Raises Unreachable."""
     command = [sys.executable, "-m", "handfast", "guard", "-c", str(folder / "handfast.toml")]
     process = subprocess.Popen(  # noqa: S603  # ours
         command,
@@ -136,7 +156,7 @@ def _guarding(folder: Path, log: _Log) -> Iterator[list[int]]:
         if not ready:
             detail = "; ".join(log.complaints) or "it ended at once"
             raise Unreachable(Reason.UNREACHABLE, target="the guard", detail=detail[:400])
-        yield [int(one["url"].rpartition(":")[2]) for one in ready["listeners"]]
+        yield process.pid, [int(one["url"].rpartition(":")[2]) for one in ready["listeners"]]
     except TimeoutError:
         raise Unreachable(Reason.UNREACHABLE, target="the guard", detail="it did not begin to serve") from None
     finally:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from handfast.errors import Failure, Reason
 from handfast.guard.checking import look_again
 from handfast.guard.entry import Announced, Gone, Handshaking, Lingering
-from handfast.guard.events import Logged, told
+from handfast.guard.events import Logged, encode, told
 from handfast.guard.http import HttpSession
 from handfast.guard.limits import Gate
 from handfast.guard.places import join_address
@@ -317,7 +317,7 @@ class Connection(asyncio.Protocol):
         guard.metrics.bytes(name, timing.bytes_in, timing.bytes_out)
         if not self._prefix:
             common = {"event": "request", "id": self.id, "address": self.address, "peer": self.who}
-            self._prefix = json.dumps(common)[1:-1].encode() + b',"request":"%b-' % self.id.encode()
+            self._prefix = encode(common)[1:-1] + b',"request":"%b-' % self.id.encode()
         took, app = int(took * 10_000), int((timing.first_byte - began) * 10_000)  # tenths of a millisecond
         guard.log.emit_line(
             b'%b%d","status":%d,"ms":%d.%d,"app_ms":%d.%d,"bytes_in":%d,"bytes_out":%d,%b}\n'

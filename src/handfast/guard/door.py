@@ -6,15 +6,15 @@ for as long as the snapshot is in force; limits and the end of trust are looked 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
 from handfast.errors import Failure, Reason
+from handfast.guard.events import encode
 from handfast.guard.routes import Route, Site
 from handfast.pki.verification import VerifiedPeer
-from handfast.policy import Decision, Effect, Policy, Request, Rule, decide_by, rules_about
+from handfast.policy import Decision, Effect, Request, decide_by
 from handfast.tls.server import Facts
 from handfast.wire.http1 import Header
 from handfast.wire.identity import claims_identity, fold, overrides_request
@@ -50,7 +50,7 @@ class Door:
     """See the module's docstring. `headers` tell the app who calls; every other spelling of them is taken out."""
 
     __slots__ = (
-        *("_connection", "_headers", "_known", "_renew_at", "_rules", "_server_name", "_site", "_trusted_until"),
+        *("_connection", "_headers", "_known", "_renew_at", "_server_name", "_site", "_trusted_until"),
         "peer",
     )
 
@@ -61,7 +61,6 @@ class Door:
         self._server_name = normal_host(facts.server_name) or b"" if facts.server_name else None
         self._trusted_until = float("inf") if peer is None else peer.not_after.timestamp()
         self._known: dict[tuple[bytes, bytes, bytes], Admission] = {}
-        self._rules: dict[int, tuple[Policy, list[Rule]]] = {}  # about the peer, by the policy's identity
         self._headers: tuple[Header, ...] = ()
         self._renew_at = 0.0
 
@@ -79,7 +78,6 @@ class Door:
         if connection.site is not self._site:  # a new snapshot reaches the next request
             self._site = connection.site
             self._known.clear()
-            self._rules.clear()
             self._renew_at = 0.0
         known = self._known.get((method, path, host))
         if known is not None:
@@ -94,7 +92,6 @@ class Door:
     def forget(self) -> None:
         """Keep nothing of what was judged."""
         self._known.clear()
-        self._rules.clear()
 
     def allows(self, method: bytes, path: bytes) -> bool:
         """Whether what is under way may go on under the site now in force (a websocket)."""
@@ -135,7 +132,7 @@ class Door:
             "host": host.decode("ascii", "replace"),
             "path": path[:512].decode("ascii", "replace"),
         }
-        return Admission(route, note["decision"], note["reason"], json.dumps(note)[1:-1].encode())
+        return Admission(route, note["decision"], note["reason"], encode(note)[1:-1])
 
     def _decide(self, site: Site, method: bytes, path: bytes) -> tuple[Route, Decision] | Failure:
         route = site.route(method, path)
@@ -145,11 +142,7 @@ class Door:
             return route, _OPEN
         if self.peer is None:
             return Failure(Reason.VERIFY_NO_CERTIFICATE)
-        policy, rules = self._rules.get(id(route.policy), (None, []))
-        if policy is not route.policy:
-            rules = rules_about(route.policy, self.peer)
-            self._rules[id(route.policy)] = route.policy, rules
-        decision = decide_by(rules, Request(method, path))
+        decision = decide_by(site.rules_about(route.policy, self.peer), Request(method, path))
         if decision.allowed:
             return route, decision
         rule = None if decision.rule is None else str(decision.rule)

@@ -282,7 +282,9 @@ def _admit(connection: Connection, accepted: Accepted, verdict: Verdict | None =
     guard, peer, facts, listener = connection.guard, accepted.peer, accepted.facts, connection.listener
     # The snapshot may have changed while the handshake ran (ztunnel#1986): judge by the one in force now.
     site = guard.snapshot.sites[listener.name].pick(facts.server_name)
-    failure = Failure(Reason.ENDED_POLICY) if site is None else site.objection(peer, guard.now)
+    failure = Failure(Reason.ENDED_POLICY) if site is None else None
+    if site is not None and site is not connection.site:
+        failure = site.objection(peer, guard.now)
     presented = () if peer is None else peer.path
     if site is None or (failure is not None and failure.reason is not Reason.ENDED_POLICY):
         assert failure is not None

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MAX_PENDING = 16 << 20  # bytes that may wait for a slow reader of the log before it counts as broken
 
 
-_encode = msgspec.json.Encoder().encode  # instants as RFC 3339 has them
+encode = msgspec.json.Encoder().encode  # instants as RFC 3339 has them
 
 
 @dataclass(slots=True)
@@ -161,7 +161,7 @@ def refusal_body(reason: Reason, request_id: str) -> bytes:
 
 
 def _json(event: str, when: datetime, fields: dict[str, Any]) -> bytes:
-    return _encode({"event": event, "time": when} | {k: v for k, v in fields.items() if v is not None}) + b"\n"
+    return encode({"event": event, "time": when} | {k: v for k, v in fields.items() if v is not None}) + b"\n"
 
 
 _HIDDEN = frozenset({"authority", "serial", "facts", "version", "cipher", "group"})

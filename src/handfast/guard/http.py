@@ -65,6 +65,7 @@ class Exchange:
     answer: bytes = b""  # the answer's head, as far as it has come
     response: ResponseHead | None = None
     response_body: Body | None = None
+    usual: bool = False  # nothing in the request asks for more than a usual answer
     keep: bool = False  # whether the client's connection carries another request after this
     tunnel: bool = False  # a websocket: from here on bytes
     moved: int = 0  # bytes of a websocket, when its deadline was last looked at
@@ -75,7 +76,17 @@ class HttpSession:
 
     __slots__ = (
         *("_answers", "_blocked", "_buffer", "_channel", "_closed", "_connection", "_count", "_dialling", "_door"),
-        *("_exchange", "_finishing", "_full", "_head_begun", "_reading", "_requests", "_rested", "_unread", "_upstream"),
+        *(
+            "_exchange",
+            "_finishing",
+            "_full",
+            "_head_begun",
+            "_reading",
+            "_requests",
+            "_rested",
+            "_unread",
+            "_upstream",
+        ),
         "_upstreams",
     )
 
@@ -218,7 +229,7 @@ class HttpSession:
         connection = self._connection
         self._count += 1
         again = sent if head.method in _SAFE else None
-        self._exchange = Exchange(self._count, head, admission, _NO_BODY, Timing(monotonic()), again)
+        self._exchange = Exchange(self._count, head, admission, _NO_BODY, Timing(monotonic()), again, usual=True)
         connection.set_deadline(self._upstreams.response or connection.limits.response)
         upstream.write(sent)
         return True
@@ -324,14 +335,15 @@ class HttpSession:
         connection, upstreams = self._connection, admission.route.upstreams
         self._requests.set_by(self._door.headers(), strip_override if self._door.strips_overrides else strip)
         sent = self._requests.rewrite(head)
-        repeatable = head.body is BodyKind.NONE and head.method in _SAFE and not head.websocket
+        plain = head.body is BodyKind.NONE and not head.websocket
         exchange = Exchange(
             number=self._count,
             head=head,
             admission=admission,
             body=body_reader(head.body, head.length),
             timing=Timing(monotonic()),
-            again=sent if repeatable else None,
+            again=sent if plain and head.method in _SAFE else None,
+            usual=plain and head.minor == 1 and head.keep_alive and head.method != b"HEAD",
         )
         self._exchange = exchange
         connection.set_deadline(upstreams.response or connection.limits.response)
@@ -401,7 +413,7 @@ class HttpSession:
             self._drop_upstream()
             return
         exchange.again = None
-        if exchange.body is _NO_BODY and exchange.response is None and not exchange.answer and not self._finishing:
+        if exchange.usual and exchange.response is None and not exchange.answer and not self._finishing:
             known = self._answers.whole(data)
             if known is not None:
                 self._done_usually(exchange, *known)

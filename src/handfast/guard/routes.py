@@ -16,8 +16,8 @@ from handfast.errors import Failure, InvalidInput, Reason
 from handfast.guard.ocsp import OcspChecker
 from handfast.guard.upstream import Upstreams
 from handfast.pki.verification import VerifiedPeer, still_trusted
-from handfast.policy import Policy, admits
-from handfast.tls.server import ClientAuth, ServerContext
+from handfast.policy import Effect, Policy, Rule, rules_about
+from handfast.tls.server import MAX_KNOWN, ClientAuth, ServerContext
 from handfast.wire.http1 import Header
 from handfast.wire.identity import client_cert, client_identity
 from handfast.wire.targets import normal_host
@@ -74,6 +74,10 @@ class Site:
     elsewhere: frozenset[str] = frozenset()
     judges_paths: bool = field(init=False, default=False)
     judges_requests: bool = field(init=False, default=False)
+    # Rules about a peer, by the identity in memory of policy and peer, which are kept beside them.
+    _about: dict[tuple[int, int], tuple[Policy, VerifiedPeer, list[Rule]]] = field(
+        init=False, default_factory=dict, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         paths = any(route.path is not None or route.policy.judges_paths for route in self.routes)
@@ -87,6 +91,19 @@ class Site:
             if route.covers(method, path):
                 return route
         return None
+
+    def rules_about(self, policy: Policy, peer: VerifiedPeer) -> list[Rule]:
+        """As `policy.rules_about`, remembered: a peer that comes again is the same value."""
+        known = self._about.get((id(policy), id(peer)))
+        if known is None:
+            if len(self._about) >= MAX_KNOWN:
+                self._about.clear()
+            known = self._about[id(policy), id(peer)] = policy, peer, rules_about(policy, peer)
+        return known[2]
+
+    def admits(self, policy: Policy, peer: VerifiedPeer) -> bool:
+        """Whether any rule could allow the peer anything."""
+        return any(rule.effect is Effect.ALLOW for rule in self.rules_about(policy, peer))
 
     def answers(self, host: bytes) -> bool:
         """Whether requests for this host are for this site, where the client sent no server name or this one."""
@@ -104,7 +121,7 @@ class Site:
         failure = still_trusted(peer, self.context.terms, now)
         if failure is not None:
             return failure
-        if any(route.anonymous or admits(route.policy, peer) for route in self.routes):
+        if any(route.anonymous or self.admits(route.policy, peer) for route in self.routes):
             return None
         return Failure(Reason.ENDED_POLICY)
 

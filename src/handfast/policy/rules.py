@@ -120,11 +120,6 @@ def decide_by(rules: Iterable[Rule], request: Request | None) -> Decision:
     return Decision(Effect.DENY, None, Reason.POLICY_NO_RULE)
 
 
-def admits(policy: Policy, peer: VerifiedPeer) -> bool:
-    """Whether any rule could allow the peer anything: without one, its connection has no purpose."""
-    return any(rule.effect is Effect.ALLOW for rule in rules_about(policy, peer))
-
-
 def rules_about(policy: Policy, peer: VerifiedPeer) -> list[Rule]:
     """Return the rules whose WHO means the peer, in their order."""
     places = [at for name in peer.names for at in policy.named.get(name, ())]

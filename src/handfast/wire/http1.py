@@ -201,9 +201,8 @@ def rewrite_response(head: ResponseHead, keep_alive: bool, upgrade: bool = False
     HTTP/1.0 knows no chunks, so its body must be read with `decode` and ends at the close of the connection.
     Raises RemoteProtocolError (UPSTREAM_BAD_RESPONSE) for a change of protocol that was not asked for.
     """
-    dropped = _NEVER_DOWNSTREAM | head.listed if head.listed else _NEVER_DOWNSTREAM
     lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason)]
-    lines += [b": ".join(h) for h in head.headers if fold(h[0]) not in dropped]
+    lines += map(b": ".join, lasting_headers(head))
     if head.status < 200:
         if head.status == 101:
             if not upgrade or head.upgrade != b"websocket":
@@ -221,6 +220,12 @@ def rewrite_response(head: ResponseHead, keep_alive: bool, upgrade: bool = False
             lines.append(b"Connection: keep-alive")
     lines.append(b"\r\n")
     return b"\r\n".join(lines)
+
+
+def lasting_headers(head: ResponseHead) -> list[Header]:
+    """Return the headers of an app's answer that are the client's to see: none of one hop, none that frame it."""
+    dropped = _NEVER_DOWNSTREAM | head.listed if head.listed else _NEVER_DOWNSTREAM
+    return [header for header in head.headers if fold(header[0]) not in dropped]
 
 
 def plain_response(
