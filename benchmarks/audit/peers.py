@@ -37,7 +37,7 @@ class Peer:
     """A server. `config` is its configuration, `file` where that goes, and `command` starts it by it.
 
     `http`: it reads requests; else it forwards bytes. `documents`: the pages that the configuration follows.
-    `header`: by which the app is told who called.
+    `header`: by which the app is told who called. `beside`: what else a reader has to know of the configuration.
     """
 
     key: str
@@ -49,6 +49,7 @@ class Peer:
     documents: tuple[str, ...]
     http: bool = True
     header: str = ""
+    beside: str = ""
     program: str | None = None  # what has to be installed
 
     @property
@@ -90,7 +91,8 @@ _NGINX = """daemon off;
 events {{}}
 http {{
   access_log off;
-  client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+  client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path fastcgi;
+  uwsgi_temp_path uwsgi; scgi_temp_path scgi;
 {servers}}}
 """
 _NGINX_SERVER = """  server {{
@@ -328,6 +330,7 @@ PEERS = (
             "https://www.haproxy.com/blog/ssl-client-certificate-management-at-application-level",
         ),
         header="X-SSL-Client-DN",
+        beside=f"`crt-list.txt` has a line for each site: `front.pem [ca-file front-ca.crt verify required] {FRONT}`.",
         program="haproxy",
     ),
     Peer(

@@ -99,7 +99,7 @@ BROKEN: dict[str, tuple[Server, ...]] = {
     "revoked": (nginx_as_documented,),
     "wrong-usage": (verifies_nothing, takes_any_purpose),
     "no-usage": (nginx_as_documented,),
-    "authority-as-client": (nginx_as_documented,),
+    "authority-as-client": (verifies_nothing, takes_any_purpose),
     "path-length": (verifies_nothing,),
     "name-constraints": (verifies_nothing,),
     "issuer-not-ca": (verifies_nothing,),

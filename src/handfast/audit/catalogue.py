@@ -10,6 +10,7 @@ from handfast.audit import (
     confusion,
     hellos,
     insider_certificates,
+    insider_sessions,
     middle,
     parameters,
     replays,
@@ -27,6 +28,7 @@ CHECKS: tuple[Check, ...] = (
     *slowness.CHECKS,
     *middle.CHECKS,
     *insider_certificates.CHECKS,
+    *insider_sessions.CHECKS,
 )
 
 

@@ -1,4 +1,4 @@
-"""`audit --local`: a guard of ours with an app behind it, attacked by its own authority's key. Nothing is left behind."""
+"""`audit --local`: a guard of ours with an app behind it, attacked with its own authority's key; nothing is left."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class _Log:
 
 @contextmanager
 def _guarding(folder: Path, log: _Log) -> Iterator[tuple[int, list[int]]]:
-    """Run `handfast guard` on the configuration in `folder`: its process, and its listeners' ports. Raises Unreachable."""
+    """Run `handfast guard` on what is in `folder`: its process, and the ports of its listeners. Raises Unreachable."""
     command = [sys.executable, "-m", "handfast", "guard", "-c", str(folder / "handfast.toml")]
     process = subprocess.Popen(  # noqa: S603  # ours
         command,

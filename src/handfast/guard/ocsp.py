@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import secrets
 import socket
@@ -41,6 +42,7 @@ MAX_OPEN = 32  # questions at once
 MAX_KNOWN = 16_384  # certificates
 LONGEST = timedelta(hours=1)  # that an answer is believed
 SHORT = timedelta(seconds=30)  # that having none is remembered
+_SHORTEST = timedelta(seconds=1)  # between two questions about one certificate, also where clocks differ
 
 URL = r"http://(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z._-]{1,254})(?::([0-9]{1,5}))?(/[!-~]{0,1000})?"
 _URL = re.compile(URL, re.I)
@@ -184,7 +186,7 @@ class OcspChecker:
             self._turns.release()
         self._note(responder, silent=False)
         answer = read_answer(data, question, now)
-        until = max(min(answer.until, now + LONGEST), now + SHORT)
+        until = max(min(answer.until, now + LONGEST), now + _SHORTEST)
         known.good_until = _NEVER
         match answer.status:
             case Status.GOOD:
@@ -265,7 +267,9 @@ def _unavailable(peer: VerifiedPeer, detail: str) -> Unreachable:
 def _words(error: OSError | EOFError) -> str:
     if isinstance(error, EOFError):
         return "it closed the connection before its answer was whole"
-    return (error.strerror or type(error).__name__).lower()
+    if isinstance(error, socket.gaierror):
+        return "its name cannot be looked up"
+    return os.strerror(error.errno).lower() if error.errno else type(error).__name__
 
 
 def _parse_url(url: str, *, trusted: bool) -> Responder:

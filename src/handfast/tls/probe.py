@@ -30,7 +30,8 @@ ProbeKey = (
 class Offer:
     """What a probe brings. `presented`: DER certificates, leaf first, with their `key`.
 
-    `tls12`: no newer version. The key must fit the leaf, or OpenSSL will not go on.
+    `tls12`: no newer version. `tickets`: TLS 1.2 tickets are asked for; without, a session is known by its id alone.
+    The key must fit the leaf, or OpenSSL will not go on.
     """
 
     server_name: str | None
@@ -39,6 +40,7 @@ class Offer:
     tls12: bool = False
     alpn: tuple[str, ...] = ()
     session: Session | None = None
+    tickets: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +181,8 @@ def _context(offer: Offer) -> SSL.Context:
     context.set_min_proto_version(SSL.TLS1_2_VERSION)
     if offer.tls12:
         context.set_max_proto_version(SSL.TLS1_2_VERSION)
+    if not offer.tickets:
+        context.set_options(SSL.OP_NO_TICKET)
     context.set_verify(SSL.VERIFY_NONE)
     # Level 0: weak certificates of ours shall be refused by the other side, not by our engine.
     context.set_cipher_list(b"ALL:@SECLEVEL=0")

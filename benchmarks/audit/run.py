@@ -1,0 +1,246 @@
+"""Attacks five servers with the catalogue of `handfast audit`, each set up for mutual TLS as its documents say, and prints
+the table side by side. Everything runs on loopback, on free ports, and is stopped at the end. See README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from peers import PEERS, Peer, Place, install_envoy
+from readings import READINGS
+
+from handfast.audit.catalogue import choose
+from handfast.audit.local import Echo, Stage
+from handfast.audit.model import Check, Finding, Need, Outcome, Report, Verdict, not_applicable
+from handfast.audit.report import mark
+from handfast.audit.runner import Pace, prepare, run
+
+PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "audit-of-peers.md"
+PATIENCE = 30.0  # seconds for a server to start, and to end
+MARKS = {"FAIL": "**fail**", "????": "?", "n/a ": "n/a", "note": "note", "pass": "pass"}
+
+
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """A server that was attacked: what it is, what it was told, and what came of it."""
+
+    peer: Peer
+    version: str
+    config: str
+    report: Report
+
+    def finding(self, check: str) -> Finding:
+        return next(one for one in self.report.findings if one.check.id == check)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peers", nargs="+", choices=[peer.key for peer in PEERS], help="only these")
+    parser.add_argument("--only", action="append", default=[], help="only these checks, as for `handfast audit`")
+    parser.add_argument("--page", type=Path, metavar="FILE", help=f"write the page; in the repository: {PAGE}")
+    asked = parser.parse_args()
+    # No client is put to the test here: what stands there are servers.
+    checks = [check for check in choose(asked.only) if Need.CLIENT not in check.needs]
+    peers = [peer for peer in PEERS if not asked.peers or peer.key in asked.peers]
+    if any(peer.key == "envoy" for peer in peers):
+        install_envoy()
+    for peer in [peer for peer in peers if peer.missing]:
+        print(f"{peer.name} is not installed; it is left out", file=sys.stderr)
+    began = time.monotonic()
+    audited = []
+    for peer in peers:  # one after the other, or one server's load would be another's slowness
+        if not peer.missing:
+            print(f"{peer.name} …", file=sys.stderr)
+            audited.append(audit(peer, checks))
+    print(f"it took {time.monotonic() - began:.0f} s", file=sys.stderr)
+    print(table(audited, checks))
+    for one in audited:
+        for finding in one.report.findings:
+            if finding.outcome.verdict in (Verdict.FAIL, Verdict.INCONCLUSIVE):
+                print(f"{one.peer.name}  {finding.check.id}: {finding.outcome.verdict}: {finding.outcome.why}")
+                for item in finding.outcome.evidence:
+                    print(f"    sent: {item.sent!r}\n    got:  {item.received!r}")
+    if asked.page is not None:
+        asked.page.write_text(page(audited, checks, time.monotonic() - began))
+    return 0
+
+
+def audit(peer: Peer, checks: Sequence[Check]) -> Audited:
+    """Start a server before the echo app, attack it, and stop it."""
+    with tempfile.TemporaryDirectory(prefix=f"audit-{peer.key}-") as name, Echo() as app:
+        place = Place(Path(name), free_port(), app.port)
+        stage = Stage.set_up(place.folder)
+        config = peer.config(place)
+        (place.folder / peer.file).write_text(config)
+        with started(peer, place) as pid:
+            target, means = stage.target(place.port), replace(stage.means, client=None, pid=pid)
+            ready = prepare(target, means, Pace())
+            if not peer.http:  # the app's HTTP is none of its business
+                ready = replace(ready, look=replace(ready.look, http=False))
+            report = run(ready, [_fitting(peer, check) for check in checks], _progress)
+        config = config.replace(str(place.port), "8443").replace(str(app.port), "8000")
+        return Audited(peer, peer.version(), config.replace(f"{place.folder}/", ""), report)
+
+
+def _fitting(peer: Peer, check: Check) -> Check:
+    """A server that forwards bytes is not asked about paths and headers, which it never sees."""
+    if peer.http or not {Need.ECHO, Need.PROTECTED} & set(check.needs):
+        return check
+    return replace(check, needs=(), run=lambda _: not_applicable("it forwards bytes, and reads no request"))
+
+
+def _progress(check: Check, outcome: Outcome | None) -> None:
+    if outcome is not None:
+        print(f"  {outcome.verdict:<14} {check.id}", file=sys.stderr)
+
+
+@contextmanager
+def started(peer: Peer, place: Place) -> Iterator[int]:
+    """Run a server until the `with` ends; its process."""
+    with (place.folder / "output.txt").open("wb") as output:
+        command = peer.command(place)
+        process = subprocess.Popen(command, cwd=place.folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        try:
+            _wait_for(place, process)
+            yield process.pid
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_for(place: Place, process: subprocess.Popen[bytes]) -> None:
+    ends = time.monotonic() + PATIENCE
+    while time.monotonic() < ends and process.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", place.port), 1).close()
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    sys.exit(f"{process.args}: it does not serve\n{(place.folder / 'output.txt').read_text()}")
+
+
+def free_port() -> int:
+    """A port on which nothing listens, below those that the kernel gives to outgoing connections."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+
+
+def table(audited: Sequence[Audited], checks: Sequence[Check]) -> str:
+    """Checks against servers, in Markdown."""
+    lines = [f"| check | severity | {' | '.join(one.peer.name for one in audited)} |"]
+    lines.append("|---|---|" + "---|" * len(audited))
+    for check in checks:
+        marks = " | ".join(MARKS[mark(one.finding(check.id))] for one in audited)
+        lines.append(f"| `{check.id}` | {check.severity} | {marks} |")
+    for verdict, title in ((Verdict.FAIL, "failed"), (Verdict.PASS, "passed")):
+        counts = (sum(_counts(finding, verdict) for finding in one.report.findings) for one in audited)
+        lines.append(f"| **{title}** | | {' | '.join(map(str, counts))} |")
+    return "\n".join(lines)
+
+
+def _counts(finding: Finding, verdict: Verdict) -> bool:
+    return finding.failed if verdict is Verdict.FAIL else finding.outcome.verdict is verdict
+
+
+def page(audited: Sequence[Audited], checks: Sequence[Check], seconds: float) -> str:
+    """The page of the manual."""
+    parts = [_HEAD.format(date=f"{datetime.now(UTC):%Y-%m-%d}", minutes=max(1, round(seconds / 60)))]
+    parts += ["| server | version | set up after |", "|---|---|---|"]
+    parts += [f"| {one.peer.name} | {one.version} | {', '.join(one.peer.documents)} |" for one in audited]
+    parts += ["", "## The table", "", table(audited, checks), "", _LEGEND]
+    parts += ["## What the failures mean", "", _READING]
+    parts += [*_readings(audited, checks, Verdict.FAIL)]
+    open_ones = _readings(audited, checks, Verdict.INCONCLUSIVE)
+    if open_ones:
+        parts += ["## What stayed open", "", *open_ones]
+    parts += ["## What was not asked of whom", "", *_not_asked(audited, checks)]
+    parts += ["## The configurations", "", "Relative paths are below one folder; the ports were others.", ""]
+    for one in audited:
+        kind = {"envoy.json": "json", "handfast.toml": "toml"}.get(one.peer.file, "text")
+        parts += [f"### {one.peer.name}: `{one.peer.file}`", "", f"```{kind}", one.config.strip(), "```", ""]
+        if one.peer.beside:
+            parts += [one.peer.beside, ""]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _readings(audited: Sequence[Audited], checks: Sequence[Check], verdict: Verdict) -> list[str]:
+    lines = []
+    for check in checks:
+        found = [one for one in audited if one.finding(check.id).outcome.verdict is verdict]
+        if not found:
+            continue
+        lines += [f"### `{check.id}`", "", check.attack, ""]
+        for one in found:
+            reading = READINGS.get((check.id, one.peer.key)) or READINGS.get((check.id, "*"), "")
+            why = " ".join(one.finding(check.id).outcome.why.split())
+            lines.append(f"- **{one.peer.name}**: {why}. {reading}".rstrip())
+        lines.append("")
+    return lines
+
+
+def _not_asked(audited: Sequence[Audited], checks: Sequence[Check]) -> list[str]:
+    lines = []
+    for one in audited:
+        reasons: dict[str, list[str]] = {}
+        for check in checks:
+            outcome = one.finding(check.id).outcome
+            if outcome.verdict is Verdict.NOT_APPLICABLE:
+                reasons.setdefault(" ".join(outcome.why.split()), []).append(f"`{check.id}`")
+        lines += [f"- **{one.peer.name}**: {', '.join(ids)}: {why}." for why, ids in reasons.items()]
+    return [*(lines or ["Everything was asked of all."]), ""]
+
+
+_HEAD = """<!-- Written by `make bench-audit`; change benchmarks/audit, not this page. -->
+
+# The audit of handfast and its peers
+
+`handfast audit` attacks any mutual-TLS server. Here it attacks five, handfast among them, each before the same app: two sites
+by server name, each with clients of another authority, and one path that nobody may ask for. Each is set up as its own
+documents say for mutual TLS, and otherwise as it comes; the configurations stand at the end.
+
+A failure is not a bug of a server. Often it is a default that a setting changes; then the setting is named, and where it
+says *checked* the same attack was made again with it. The catalogue is ours, and so is its measure of what a server should
+withstand: who wrote the checks passes more of them. Read it as a list of what to look at, not as a score.
+
+Run on {date} in about {minutes} minutes, by:
+
+```text
+make bench-audit
+```
+"""
+
+_LEGEND = """`pass`: the attack was made and beaten back. `fail`: it worked. `note`: it worked, and is only worth knowing.
+`n/a`: it cannot be made there, and below it says why. `?`: what came back says neither.
+`handfast audit --list` says what each attack is.
+"""
+
+_READING = """What the check saw, and what it means for somebody who runs that server.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""The HTTP/2 machine (`h2`), made to fit between strangers: what it takes is bounded, what repeats costs little.
+
+Owns what stands around the library's parts: frames are counted before they are acted on, header blocks are bounded
+before they are unpacked, and GOAWAY ends no stream that is under way (RFC 9113 6.8). It knows no requests.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from time import monotonic
+
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.exceptions import DenialOfServiceError
+from h2.frame_buffer import FrameBuffer
+from h2.settings import SettingCodes, Settings
+from hpack import Decoder, Encoder, HeaderTuple
+from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, RstStreamFrame, WindowUpdateFrame
+
+from handfast.wire.http1 import Header
+from handfast.wire.http2 import MAX_LIST
+
+MAX_STREAMS = 100  # requests at a time (RFC 9113 6.5.2 names no less)
+STREAM_WINDOW = 1 << 18  # bytes of a request's body that wait for the app, of each stream
+CONNECTION_WINDOW = 1 << 20  # and of all streams together
+TABLE = 4096  # bytes of a header table, RFC 9113 6.5.2's default; a peer's larger wish is not followed
+_CLOSED = 512  # streams that are remembered when they are over
+
+# How many, and how many more a second. The tables of others for the same: nghttp2 takes 1,000 resets and 33 a second;
+# Envoy takes 10 WINDOW_UPDATE for each DATA that it sent.
+_RESETS = (400, 100)
+_QUIET = (1000, 200)
+_EARNED = 8  # quiet frames for each DATA of ours, and of theirs
+
+# Changes of the table's size at the head of a block. RFC 7541 4.2: at most two. A flood of them is work for nothing.
+_SIZES = re.compile(rb"(?:[\x20-\x3e]|\x3f[\x80-\xff]*+[\x00-\x7f]){3}")
+
+
+class Flood(DenialOfServiceError):
+    """A peer sends more of a kind than one that means well; the connection ends with ENHANCE_YOUR_CALM."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        super().__init__(what)
+
+
+class _Budget:
+    """A token bucket: so many at once, and so many more a second."""
+
+    __slots__ = ("_at", "_burst", "_left", "_rate", "_what")
+
+    def __init__(self, what: str, burst: int, rate: int) -> None:
+        self._what, self._burst, self._rate = what, burst, rate
+        self._left = float(burst)
+        self._at = monotonic()
+
+    def spend(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            moment = monotonic()
+            self._left += (moment - self._at) * self._rate
+            self._at = moment
+            if self._left < 0:
+                raise Flood(self._what)
+
+    def earn(self, count: int) -> None:
+        self._left = min(self._left + count, self._burst)
+
+
+class Frames:
+    """Where `h2` takes its frames from: its own reader, and every frame looked at before it is acted on.
+
+    A GOAWAY is kept here and not handed on, since `h2` would let nothing through after it.
+    """
+
+    def __init__(self, reader: FrameBuffer) -> None:
+        self._reader = reader
+        self._resets = _Budget("resets", *_RESETS)
+        self._quiet = _Budget("frames that ask for nothing", *_QUIET)
+        self.count = 0
+        self.goaway: GoAwayFrame | None = None
+
+    @property
+    def max_frame_size(self) -> int:
+        """Bytes of a frame at most; `h2` sets it."""
+        return self._reader.max_frame_size
+
+    @max_frame_size.setter
+    def max_frame_size(self, size: int) -> None:
+        self._reader.max_frame_size = size
+
+    def add_data(self, data: bytes) -> None:
+        """Take what the network brought. Raises ProtocolError for what does not begin as HTTP/2."""
+        self._reader.add_data(data)
+
+    def earn(self) -> None:
+        """A DATA frame was sent: the peer may answer it with window updates and pings."""
+        self._quiet.earn(_EARNED)
+
+    def spend_reset(self) -> None:
+        """Count a stream that was begun for nothing."""
+        self._resets.spend()
+
+    def __iter__(self) -> Frames:
+        return self
+
+    def __next__(self) -> Frame:
+        frame = next(self._reader)
+        self.count += 1
+        kind = frame.__class__
+        if kind is DataFrame:
+            if frame.body_len:
+                self._quiet.earn(_EARNED)
+            elif "END_STREAM" not in frame.flags:
+                self._quiet.spend()
+        elif isinstance(frame, HeadersFrame):
+            if len(frame.data) > MAX_LIST or _SIZES.match(frame.data):
+                raise Flood("bytes of headers")
+        elif kind is RstStreamFrame:
+            self._resets.spend()
+        else:
+            self._quiet.spend()
+            if isinstance(frame, GoAwayFrame):
+                self.goaway = frame
+                return WindowUpdateFrame(0, window_increment=0) if False else next(self)
+        return frame
+
+
+class _Packer:
+    """A packer of headers (RFC 7541) without Huffman's code, which costs more here than it saves.
+
+    A list that is packed twice with nothing new in the table between is packed once.
+    """
+
+    __slots__ = ("_encoder", "_known")
+
+    def __init__(self) -> None:
+        self._encoder = Encoder()
+        self._known: dict[tuple[Header, ...], bytes] = {}
+
+    @property
+    def header_table_size(self) -> int:
+        return self._encoder.header_table_size
+
+    @header_table_size.setter
+    def header_table_size(self, size: int) -> None:
+        self._known.clear()
+        self._encoder.header_table_size = min(size, TABLE)
+
+    def encode(self, headers: Iterable[Header]) -> bytes:
+        key = tuple(headers)
+        packed = self._known.get(key)
+        if packed is not None:
+            return packed
+        entries = self._encoder.header_table.dynamic_entries
+        newest, resized = (entries[0] if entries else None), self._encoder.header_table.resized
+        packed = self._encoder.encode(key, huffman=False)
+        _remember(self._known, key, packed, resized or newest is not (entries[0] if entries else None))
+        return packed
+
+
+class _Unpacker:
+    """An unpacker of headers. A block that comes twice with nothing new in the table between is unpacked once."""
+
+    __slots__ = ("_decoder", "_known")
+
+    def __init__(self) -> None:
+        self._decoder = Decoder(MAX_LIST)
+        self._known: dict[bytes, list[HeaderTuple]] = {}
+
+    @property
+    def max_header_list_size(self) -> int:
+        return self._decoder.max_header_list_size
+
+    @max_header_list_size.setter
+    def max_header_list_size(self, size: int) -> None:
+        self._decoder.max_header_list_size = size
+
+    @property
+    def max_allowed_table_size(self) -> int:
+        return self._decoder.max_allowed_table_size
+
+    @max_allowed_table_size.setter
+    def max_allowed_table_size(self, size: int) -> None:
+        self._decoder.max_allowed_table_size = size
+
+    def decode(self, block: bytes, raw: bool = True) -> Sequence[HeaderTuple]:
+        known = self._known.get(block)
+        if known is not None:
+            return known
+        table = self._decoder.header_table
+        newest, size = (table.dynamic_entries[0] if table.dynamic_entries else None), table.maxsize
+        headers = list(self._decoder.decode(block, raw))
+        changed = size != table.maxsize or newest is not (table.dynamic_entries[0] if table.dynamic_entries else None)
+        _remember(self._known, block, headers, changed)
+        return headers
+
+
+class _Machine(H2Connection):
+    MAX_CLOSED_STREAMS = _CLOSED  # the one way to set it; else each connection may remember 65,536
+
+
+def machine(*, client_side: bool) -> tuple[H2Connection, Frames]:
+    """Return the machine of one connection, its first words waiting to be sent, and its frames.
+
+    It checks no header lists: `wire.http2` does, for one stream at a time. All else that RFC 9113 asks of framing,
+    states and windows it holds the peer to, and raises h2's ProtocolError.
+    """
+    made = _Machine(
+        H2Configuration(
+            client_side=client_side,
+            header_encoding=None,
+            validate_inbound_headers=False,
+            normalize_inbound_headers=False,
+            validate_outbound_headers=False,
+            normalize_outbound_headers=False,
+        )
+    )
+    frames = Frames(made.incoming_buffer)
+    made.incoming_buffer = frames  # type: ignore[assignment]  # as much of a FrameBuffer as `h2` uses
+    made.encoder = _Packer()  # type: ignore[assignment]  # likewise
+    made.decoder = _Unpacker()  # type: ignore[assignment]  # likewise
+    made.local_settings = _settings(client_side, MAX_STREAMS)
+    made.initiate_connection()
+    made.increment_flow_control_window(CONNECTION_WINDOW - made.inbound_flow_control_window)
+    # A client may open some before it has read how many; these get REFUSED_STREAM, which lets it ask again.
+    made.local_settings = _settings(client_side, 2 * MAX_STREAMS)
+    return made, frames
+
+
+def goaway(made: H2Connection, last_stream: int) -> bytes:
+    """Return a GOAWAY that lets the streams up to `last_stream` finish, which h2's own does not."""
+    return GoAwayFrame(0, last_stream_id=last_stream).serialize()
+
+
+def _settings(client_side: bool, streams: int) -> Settings:
+    settings = {
+        SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
+        SettingCodes.MAX_HEADER_LIST_SIZE: MAX_LIST,
+        SettingCodes.ENABLE_PUSH: 0,
+    }
+    if not client_side:
+        settings |= {SettingCodes.MAX_CONCURRENT_STREAMS: streams, SettingCodes.ENABLE_CONNECT_PROTOCOL: 1}
+    return Settings(client=client_side, initial_values=settings)
+
+
+def _remember[Key, Value](known: dict[Key, Value], key: Key, value: Value, changed: bool) -> None:
+    """Keep what was made, unless making it changed the table; then what was known is of no use either."""
