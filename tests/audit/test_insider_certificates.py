@@ -16,10 +16,10 @@ from cryptography import x509
 from handfast.audit.insider_certificates import CHECKS
 from handfast.audit.model import Check, Verdict
 from handfast.audit.runner import Means, Revoker
-from handfast.pki.revocation import Revocations
 from handfast.policy import parse_policy
 from handfast.testing import TestAuthority, TestLeaf
 from tests.audit.kit import ANSWER, credulous, found, nginx_with, openssl_with, python_context, scripted
+from tests.audit.test_insider_sessions import revoked
 from tests.support.apps import App
 from tests.support.certs import Ca
 from tests.support.guards import Running
@@ -125,9 +125,9 @@ def test_the_hole_is_found(
     authority: TestAuthority, client: TestLeaf, tmp_path: Path, check: str, server: Server
 ) -> None:
     """The check fails, with evidence of what was sent and what came back."""
-    revoked = authority.client() if check == "revoked" else None
+    taken_back = authority.client() if check == "revoked" else None
     with contextmanager(server)(authority, tmp_path) as port:
-        finding = found(f"insider.{check}", port, Means(client, authority, revoked=revoked))
+        finding = found(f"insider.{check}", port, Means(client, authority, revoked=taken_back))
     assert finding.outcome.verdict is Verdict.FAIL, finding.outcome
     assert finding.failed
     assert all(item.sent and item.received for item in finding.outcome.evidence)
@@ -178,7 +178,7 @@ def guarded(authority: TestAuthority, request: pytest.FixtureRequest) -> Iterato
 )
 def test_a_guard_holds(authority: TestAuthority, client: TestLeaf, guarded: Running, check: Check) -> None:
     """A guard that lets one name in beats back every one of them."""
-    revoker = Revoker(lambda names: authority.client(*names), lambda leaf: _revoke(guarded, leaf))
+    revoker = Revoker(lambda names: authority.client(*names), lambda leaf: revoked(guarded, leaf))
     port = int(guarded.address.rpartition(":")[2])
     finding = found(check.id, port, Means(client, authority, revoker=revoker))
     assert finding.outcome.verdict is Verdict.PASS, finding.outcome
@@ -202,12 +202,6 @@ def test_a_server_that_takes_every_name_has_none_to_confuse(
 
 
 # Parts of such servers.
-
-
-def _revoke(guard: Running, leaf: TestLeaf) -> None:
-    taken = leaf.certificate
-    revocations = Revocations(frozenset({(taken.issuer.public_bytes(), taken.serial_number)}))
-    guard.swap(guard.snapshot(revocations=revocations))
 
 
 def _looking_for(

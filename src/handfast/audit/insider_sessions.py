@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -23,16 +22,15 @@ from handfast.audit.model import (
     Remedies,
     Severity,
     Verdict,
-    failed,
     not_applicable,
     passed,
     unclear,
 )
 from handfast.audit.oracle import Reach, Reply, reach, worst
 from handfast.audit.runner import Audit, Target
-from handfast.audit.wires import Silence, call
+from handfast.audit.wires import call
 from handfast.testing import TestLeaf
-from handfast.tls.probe import ProbeRefused, Session
+from handfast.tls.probe import Offer, ProbeRefused, Session
 
 _SHORT = timedelta(seconds=3)  # the life of a certificate that expires while we watch
 _GRACE = 2.0  # seconds after its end in which a server may still serve it
@@ -72,14 +70,16 @@ class _Kept:
 
 
 def _begin(inside: Inside, way: _Way, leaf: TestLeaf) -> _Kept | None:
-    """Make a session that the server resumes for the same client, or None where it resumes none."""
+    """Make a session for this leaf, or None where the server resumes none, not even for the good client."""
     if way.value[1] not in versions(inside.audit):
         return None
-    session = _fresh(inside.audit, way, leaf)
-    if session is None or not _resume(inside.audit, _Kept(way, leaf, session))[1]:
+    trial = _fresh(inside.audit, way, inside.client)
+    if trial is None or not _resume(inside.audit, _Kept(way, inside.client, trial))[1]:
         return None
-    session = _fresh(inside.audit, way, leaf)  # the first may have been good for once
-    return None if session is None else _Kept(way, leaf, session)
+    session = _fresh(inside.audit, way, leaf)
+    if session is None:
+        raise ProbeRefused("a client that should get in did not")
+    return _Kept(way, leaf, session)
 
 
 def _fresh(audit: Audit, way: _Way, leaf: TestLeaf) -> Session | None:
@@ -90,22 +90,18 @@ def _fresh(audit: Audit, way: _Way, leaf: TestLeaf) -> Session | None:
 
 
 def _resume(audit: Audit, kept: _Kept, server_name: str | None = "") -> tuple[Reply, bool]:
-    """Offer the session, and no certificate besides where it is not taken; whether it was resumed."""
-    _, tls12, tickets = kept.way.value
-    offer = replace(audit.offer(None, tls12=tls12, session=kept.session), tickets=tickets)
-    if server_name != "":
-        offer = replace(offer, server_name=server_name)
+    """Offer the session, to another server name if one is given; the reply, and whether it was resumed."""
+    name = audit.target.sni if server_name == "" else server_name
     with audit.connect() as wire:
-        reply, probe = call(wire, offer, audit.request)
+        reply, probe = call(wire, Offer(name, session=kept.session), audit.request)
     return reply, probe is not None and reply.handshake and probe.resumed
 
 
 def _judged(inside: Inside, said: str, tried: tuple[Reply, bool]) -> Outcome:
     reply, resumed = tried
-    outcome = inside.judge(said, reply)
-    if outcome.verdict is Verdict.FAIL and not resumed:  # let in without a certificate: another check's finding
-        return unclear("the server let us in without resuming and without a certificate", *outcome.evidence)
-    return outcome
+    if not resumed:  # then the certificate was asked for, and judged as always
+        return passed("the session was not resumed", Evidence.of(said, "a full handshake, or none"))
+    return inside.judge(said, reply)
 
 
 def _each_way(attack: Callable[[Inside, _Way], Outcome | None]) -> Callable[[Inside], Outcome]:
@@ -175,44 +171,38 @@ def _as_asked(other: Target, target: Target) -> Target:
 
 def _kept_past_expiry(inside: Inside) -> Outcome:
     leaf = inside.authority.client(*inside.names, validity=(-_SHORT * 100, _SHORT))
-    return _kept_open(inside, leaf, lambda: _wait_for_end(leaf), "expired")
+    return _kept_open(inside, leaf, lambda: _wait_for_end(leaf), "has expired")
 
 
 def _kept_past_revocation(inside: Inside) -> Outcome:
     revoker = inside.audit.means.revoker
     assert revoker is not None  # it is needed
     leaf = revoker.issue(inside.names)
-
-    def revoke() -> None:
-        revoker.revoke(leaf)
-        time.sleep(REVOKED_WITHIN)
-
-    return _kept_open(inside, leaf, revoke, "was revoked")
+    return _kept_open(inside, leaf, lambda: revoker.revoke(leaf), "was revoked", REVOKED_WITHIN)
 
 
-def _kept_open(inside: Inside, leaf: TestLeaf, ends: Callable[[], None], how: str) -> Outcome:
-    """Ask, let trust end, and ask again on the same connection."""
+def _kept_open(inside: Inside, leaf: TestLeaf, ends: Callable[[], None], how: str, within: float = 0.0) -> Outcome:
+    """Ask, let trust end, and ask again on the same connection, until it is refused or `within` seconds are over."""
     audit = inside.audit
     request = request_to(audit, audit.target.path)
-    tls12 = versions(audit)[0]
-    with talking(audit, audit.offer(leaf, tls12=tls12), seconds=_SHORT.total_seconds() + 25) as talk:
+    with talking(audit, audit.offer(leaf, tls12=versions(audit)[0]), _SHORT.total_seconds() + 25) as talk:
         first = talk.ask(request)
         if reach(first, inside.control)[0] is not Reach.YES:
             return unclear(f"the good certificate did not get in ({first}), so nothing is shown")
         if b"\r\nconnection: close" in first.data.lower():
             return not_applicable("the server closes every connection after one answer")
         ends()
-        try:
-            second = talk.ask(request)
-        except (ProbeRefused, OSError, Silence):
-            return passed("the server ended the connection", Evidence.of("a second request", "it is closed"))
-    return inside.judge(f"a second request on the same connection, after the certificate {how}", second)
+        until = time.monotonic() + within
+        while True:
+            outcome = inside.judge(f"a request on a connection whose certificate {how}", talk.ask(request))
+            if outcome.verdict is not Verdict.FAIL or time.monotonic() > until:
+                return outcome
+            time.sleep(0.25)
 
 
 def _wait_for_end(leaf: TestLeaf) -> None:
     left = leaf.certificate.not_valid_after_utc - datetime.now(UTC)
-    with suppress(ValueError):
-        time.sleep(left.total_seconds() + _GRACE)
+    time.sleep(max(left.total_seconds(), 0.0) + _GRACE)
 
 
 CHECKS = (

@@ -61,6 +61,7 @@ class Exchange:
     body: Body
     timing: Timing
     again: bytes | None  # the request, kept while it may be sent a second time on a fresh connection
+    tries: int = 0  # how often it was
     waiting: list[bytes] = field(default_factory=list)  # for the app, until it is connected
     answer: bytes = b""  # the answer's head, as far as it has come
     response: ResponseHead | None = None
@@ -350,7 +351,6 @@ class HttpSession:
         if self._upstream is not None and self._upstream.usable and upstreams is self._upstreams:
             self._upstream.write(sent)
         else:
-            exchange.again = None  # the connection is new: a failure is the app's word
             exchange.waiting.append(sent)
             self._dial(upstreams)
 
@@ -544,11 +544,14 @@ class HttpSession:
     def _upstream_gone(self, *, reset: bool) -> None:
         """The app closed its side: the end of an answer, or a failure."""
         exchange = self._exchange
+        if exchange is not None and exchange.again is not None and self._upstream is not None:
+            self._upstream.blame()
         self._drop_upstream()
         if exchange is None:
             return
-        if exchange.again is not None:  # a kept connection that the app closed as we wrote: ask once more
-            exchange.waiting, exchange.again = [exchange.again], None
+        if exchange.again is not None and exchange.tries < max(1, exchange.admission.route.upstreams.retries):
+            exchange.tries += 1  # it is safe, and nothing was answered: a kept connection that ended, or a crash
+            exchange.waiting = [exchange.again]
             self._dial(exchange.admission.route.upstreams)
         elif exchange.response is None:
             facts = {"target": str(exchange.admission.route.upstreams), "detail": "it closed without an answer"}

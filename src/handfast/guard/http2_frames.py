@@ -7,7 +7,7 @@ before they are unpacked, and GOAWAY ends no stream that is under way (RFC 9113 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from time import monotonic
 
 from h2.config import H2Configuration
@@ -16,7 +16,8 @@ from h2.exceptions import DenialOfServiceError
 from h2.frame_buffer import FrameBuffer
 from h2.settings import SettingCodes, Settings
 from hpack import Decoder, Encoder, HeaderTuple
-from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, RstStreamFrame, WindowUpdateFrame
+from hpack.table import HeaderTable
+from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, RstStreamFrame
 
 from handfast.wire.http1 import Header
 from handfast.wire.http2 import MAX_LIST
@@ -31,7 +32,9 @@ _CLOSED = 512  # streams that are remembered when they are over
 # Envoy takes 10 WINDOW_UPDATE for each DATA that it sent.
 _RESETS = (400, 100)
 _QUIET = (1000, 200)
-_EARNED = 8  # quiet frames for each DATA of ours, and of theirs
+_EARNED = 10  # quiet frames that each DATA of ours gives a right to
+_EARNED_BY_THEIRS = 2  # and each of the peer's own
+_MOST_KNOWN, _LONGEST_KNOWN = 16, 2048  # blocks of headers that each direction remembers, and bytes of one
 
 # Changes of the table's size at the head of a block. RFC 7541 4.2: at most two. A flood of them is work for nothing.
 _SIZES = re.compile(rb"(?:[\x20-\x3e]|\x3f[\x80-\xff]*+[\x00-\x7f]){3}")
@@ -59,7 +62,7 @@ class _Budget:
         self._left -= 1
         if self._left < 0:
             moment = monotonic()
-            self._left += (moment - self._at) * self._rate
+            self._left = min(self._left + (moment - self._at) * self._rate, self._burst)
             self._at = moment
             if self._left < 0:
                 raise Flood(self._what)
@@ -108,36 +111,33 @@ class Frames:
     def __next__(self) -> Frame:
         frame = next(self._reader)
         self.count += 1
-        kind = frame.__class__
-        if kind is DataFrame:
-            if frame.body_len:
-                self._quiet.earn(_EARNED)
+        if isinstance(frame, DataFrame):
+            if frame.data:
+                self._quiet.earn(_EARNED_BY_THEIRS)
             elif "END_STREAM" not in frame.flags:
                 self._quiet.spend()
         elif isinstance(frame, HeadersFrame):
             if len(frame.data) > MAX_LIST or _SIZES.match(frame.data):
                 raise Flood("bytes of headers")
-        elif kind is RstStreamFrame:
+        elif isinstance(frame, RstStreamFrame):
             self._resets.spend()
         else:
             self._quiet.spend()
             if isinstance(frame, GoAwayFrame):
                 self.goaway = frame
-                return WindowUpdateFrame(0, window_increment=0) if False else next(self)
+                return next(self)
         return frame
 
 
 class _Packer:
     """A packer of headers (RFC 7541) without Huffman's code, which costs more here than it saves.
 
-    A list that is packed twice with nothing new in the table between is packed once.
+    A list that comes again while the table is as it was is not packed again.
     """
-
-    __slots__ = ("_encoder", "_known")
 
     def __init__(self) -> None:
         self._encoder = Encoder()
-        self._known: dict[tuple[Header, ...], bytes] = {}
+        self._known: dict[object, bytes] = {}
 
     @property
     def header_table_size(self) -> int:
@@ -145,56 +145,56 @@ class _Packer:
 
     @header_table_size.setter
     def header_table_size(self, size: int) -> None:
-        self._known.clear()
+        self._known.clear()  # the next block must tell of it
         self._encoder.header_table_size = min(size, TABLE)
 
     def encode(self, headers: Iterable[Header]) -> bytes:
-        key = tuple(headers)
+        fields = tuple(headers)
+        key = fields, tuple(map(type, fields))  # the type says whether the table may have it
         packed = self._known.get(key)
-        if packed is not None:
-            return packed
-        entries = self._encoder.header_table.dynamic_entries
-        newest, resized = (entries[0] if entries else None), self._encoder.header_table.resized
-        packed = self._encoder.encode(key, huffman=False)
-        _remember(self._known, key, packed, resized or newest is not (entries[0] if entries else None))
+        if packed is None:
+            before, resized = _State(self._encoder.header_table), self._encoder.header_table.resized
+            packed = self._encoder.encode(fields, huffman=False)
+            if resized or not before.holds():
+                self._known.clear()
+            elif len(packed) <= _LONGEST_KNOWN and len(self._known) < _MOST_KNOWN:
+                self._known[key] = packed
         return packed
 
 
 class _Unpacker:
-    """An unpacker of headers. A block that comes twice with nothing new in the table between is unpacked once."""
-
-    __slots__ = ("_decoder", "_known")
+    """An unpacker of headers. A block that comes again while the table is as it was is not unpacked again."""
 
     def __init__(self) -> None:
         self._decoder = Decoder(MAX_LIST)
         self._known: dict[bytes, list[HeaderTuple]] = {}
 
-    @property
-    def max_header_list_size(self) -> int:
-        return self._decoder.max_header_list_size
-
-    @max_header_list_size.setter
-    def max_header_list_size(self, size: int) -> None:
-        self._decoder.max_header_list_size = size
-
-    @property
-    def max_allowed_table_size(self) -> int:
-        return self._decoder.max_allowed_table_size
-
-    @max_allowed_table_size.setter
-    def max_allowed_table_size(self, size: int) -> None:
-        self._decoder.max_allowed_table_size = size
-
-    def decode(self, block: bytes, raw: bool = True) -> Sequence[HeaderTuple]:
-        known = self._known.get(block)
-        if known is not None:
-            return known
-        table = self._decoder.header_table
-        newest, size = (table.dynamic_entries[0] if table.dynamic_entries else None), table.maxsize
-        headers = list(self._decoder.decode(block, raw))
-        changed = size != table.maxsize or newest is not (table.dynamic_entries[0] if table.dynamic_entries else None)
-        _remember(self._known, block, headers, changed)
+    def decode(self, block: bytes, raw: bool = True) -> list[HeaderTuple]:
+        headers = self._known.get(block)
+        if headers is None:
+            before = _State(self._decoder.header_table)
+            headers = list(self._decoder.decode(block, raw))
+            if not before.holds():
+                self._known.clear()
+            elif len(block) <= _LONGEST_KNOWN and len(self._known) < _MOST_KNOWN:
+                self._known[block] = headers
         return headers
+
+
+class _State:
+    """What tells a table from itself a moment later: entries come in front, each a new object, and go at the back."""
+
+    __slots__ = ("_count", "_newest", "_size", "_table")
+
+    def __init__(self, table: HeaderTable) -> None:
+        entries = table.dynamic_entries
+        self._table, self._count, self._size = table, len(entries), table.maxsize
+        self._newest = entries[0] if entries else None  # kept, so that its place in memory is not given to another
+
+    def holds(self) -> bool:
+        entries = self._table.dynamic_entries
+        newest = entries[0] if entries else None
+        return newest is self._newest and len(entries) == self._count and self._table.maxsize == self._size
 
 
 class _Machine(H2Connection):
@@ -243,7 +243,3 @@ def _settings(client_side: bool, streams: int) -> Settings:
     if not client_side:
         settings |= {SettingCodes.MAX_CONCURRENT_STREAMS: streams, SettingCodes.ENABLE_CONNECT_PROTOCOL: 1}
     return Settings(client=client_side, initial_values=settings)
-
-
-def _remember[Key, Value](known: dict[Key, Value], key: Key, value: Value, changed: bool) -> None:
-    """Keep what was made, unless making it changed the table; then what was known is of no use either."""

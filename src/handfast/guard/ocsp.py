@@ -125,7 +125,6 @@ class OcspChecker:
         known = self._remember(peer)
         if known.asking is None:
             known.asking = asyncio.get_running_loop().create_task(self._ask(known, peer, now))
-            known.asking.add_done_callback(lambda task: _finished(known, task))
         return known.asking
 
     def _remember(self, peer: VerifiedPeer) -> _Known:
@@ -157,6 +156,11 @@ class OcspChecker:
                 verdict = Verdict(unanswered=error.failure)
             else:
                 verdict = Verdict(error.failure)
+        except Exception as bug:  # ours, and nobody may be waiting who would see it: it refuses
+            detail = f"{type(bug).__name__}: {bug}"[:200]
+            verdict, until = Verdict(Failure(Reason.BUG, {"detail": detail})), now + SHORT
+        finally:
+            known.asking = None
         known.verdict, known.until = verdict, until
         return verdict
 
@@ -252,12 +256,6 @@ class _Unfit(Exception):
 
 class _Forbidden(Exception):
     """A responder that is not to be asked; the text says why."""
-
-
-def _finished(known: _Known, task: asyncio.Task[Verdict]) -> None:
-    known.asking = None
-    if not task.cancelled():
-        task.exception()  # who waits for it has it too; nobody does where an open connection is looked at anew
 
 
 def _unavailable(peer: VerifiedPeer, detail: str) -> Unreachable:

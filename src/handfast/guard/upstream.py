@@ -221,6 +221,10 @@ class Upstream(asyncio.Protocol):
         """Whether it is still open, as far as we know."""
         return self._owner is not None and not self._transport.is_closing()
 
+    def blame(self) -> None:
+        """It ended without an answer: choose others before its backend for a while."""
+        self._backend.refused(monotonic())
+
     def close(self) -> None:
         """Close it when what was written is sent; the owner hears no more of it."""
         self._owner = None
@@ -344,6 +348,10 @@ class SecureUpstream(asyncio.Protocol):
         """Read on."""
         self._held = False
         self._transport.resume_reading()
+
+    def blame(self) -> None:
+        """It ended without an answer: choose others before its backend for a while."""
+        self._backend.refused(monotonic())
 
     def close(self) -> None:
         """Close it when what was written is sent; the owner hears no more of it."""

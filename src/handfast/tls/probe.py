@@ -45,9 +45,13 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What a finished connection left to be resumed."""
+    """What a finished connection left to be resumed.
+
+    Whoever offers it brings what that connection brought: certificate, versions and protocols are its own.
+    """
 
     _engine: SSL.Session
+    _context: SSL.Context
 
 
 class ProbeRefused(Exception):
@@ -62,7 +66,9 @@ class Probe:
     """One connection as a client. `feed` what the network brought and send what `take` returns, until `done`."""
 
     def __init__(self, offer: Offer) -> None:
-        self._connection = SSL.Connection(_context(offer), None)
+        # The engine resumes a session only in the context that it was made in.
+        context = _context(offer) if offer.session is None else offer.session._context
+        self._connection = SSL.Connection(context, None)
         if offer.server_name is not None:
             self._connection.set_tlsext_host_name(offer.server_name.encode("ascii"))
         if offer.session is not None:
@@ -141,7 +147,7 @@ class Probe:
     def session(self) -> Session | None:
         """What may be resumed; in TLS 1.3 once a ticket has been read."""
         engine = self._connection.get_session()
-        return None if engine is None else Session(engine)
+        return None if engine is None else Session(engine, self._connection.get_context())
 
     @property
     def resumed(self) -> bool:
