@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,11 +26,15 @@ SITES = (("front", FRONT), ("back", BACK))
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a server runs: its folder, the certificates' (which are there), its port and the app's."""
+    """Where a server runs: its folder, where the certificates are, its port and the app's. `crl`: with revocation."""
 
     folder: Path
     port: int
     app: int
+    crl: bool = False
+
+    def if_crl(self, text: str) -> str:
+        return text if self.crl else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,7 @@ class Peer:
     """A server. `config` is its configuration, `file` where that goes, and `command` starts it by it.
 
     `http`: it reads requests; else it forwards bytes. `documents`: the pages that the configuration follows.
+    `crl`: the lines that read revocation lists, and `signal` what has it read them again (None: it watches the files).
     `header`: by which the app is told who called. `beside`: what else a reader has to know of the configuration.
     """
 
@@ -47,6 +53,8 @@ class Peer:
     command: Callable[[Place], list[str]]
     version: Callable[[], str]
     documents: tuple[str, ...]
+    crl: str
+    signal: signal.Signals | None = None
     http: bool = True
     header: str = ""
     beside: str = ""
@@ -70,7 +78,7 @@ def _says(*words: str) -> list[str]:
 
 
 def _handfast(place: Place) -> str:
-    return guard_config(place.app, [Ears(listen=f"127.0.0.1:{place.port}")])
+    return guard_config(place.app, [Ears(listen=f"127.0.0.1:{place.port}", crl=place.crl)])
 
 
 def _handfast_command(place: Place) -> list[str]:
@@ -103,7 +111,7 @@ _NGINX_SERVER = """  server {{
     ssl_certificate_key {name}.key;
     ssl_client_certificate {name}-ca.crt;
     ssl_verify_client on;
-    location {protected}/ {{ deny all; }}
+{crl}    location {protected}/ {{ deny all; }}
     location / {{
       proxy_pass http://127.0.0.1:{app};
       proxy_set_header X-SSL-Client-Verify $ssl_client_verify;
@@ -116,7 +124,14 @@ _NGINX_SERVER = """  server {{
 
 def _nginx(place: Place) -> str:
     servers = "".join(
-        _NGINX_SERVER.format(port=place.port, app=place.app, name=name, site=site, protected=PROTECTED)
+        _NGINX_SERVER.format(
+            port=place.port,
+            app=place.app,
+            name=name,
+            site=site,
+            protected=PROTECTED,
+            crl=place.if_crl(f"    ssl_crl {name}.crl;\n"),
+        )
         for name, site in SITES
     )
     return _NGINX.format(user="user root;\n" if Path("/proc/self").owner() == "root" else "", servers=servers)
@@ -156,13 +171,16 @@ backend app
 
 
 def _haproxy(place: Place) -> str:
-    lines = [f"{name}.pem [ca-file {name}-ca.crt verify required] {site}\n" for name, site in SITES]
+    lines = [
+        f"{name}.pem [ca-file {name}-ca.crt{place.if_crl(f' crl-file {name}.crl')} verify required] {site}\n"
+        for name, site in SITES
+    ]
     (place.folder / "crt-list.txt").write_text("".join(lines))
     return _HAPROXY.format(port=place.port, app=place.app, protected=PROTECTED)
 
 
 def _haproxy_command(place: Place) -> list[str]:
-    return [_found("haproxy"), "-db", "-C", str(place.folder), "-f", str(place.folder / "haproxy.cfg")]
+    return [_found("haproxy"), "-W", "-db", "-C", str(place.folder), "-f", str(place.folder / "haproxy.cfg")]
 
 
 def _haproxy_version() -> str:
@@ -182,7 +200,7 @@ connect = 127.0.0.1:{app}
 cert = front.crt
 key = front.key
 CAfile = front-ca.crt
-verifyChain = yes
+{front_crl}verifyChain = yes
 requireCert = yes
 [back]
 sni = front:{back}
@@ -190,13 +208,14 @@ connect = 127.0.0.1:{app}
 cert = back.crt
 key = back.key
 CAfile = back-ca.crt
-verifyChain = yes
+{back_crl}verifyChain = yes
 requireCert = yes
 """
 
 
 def _stunnel(place: Place) -> str:
-    return _STUNNEL.format(port=place.port, app=place.app, back=BACK)
+    lines = {f"{name}_crl": place.if_crl(f"CRLfile = {name}.crl\n") for name, _ in SITES}
+    return _STUNNEL.format(port=place.port, app=place.app, back=BACK, **lines)
 
 
 def _stunnel_command(place: Place) -> list[str]:
@@ -223,7 +242,7 @@ def _envoy(place: Place) -> str:
         "listener_filters": [
             _typed("envoy.filters.listener.tls_inspector", "extensions.filters.listener.tls_inspector.v3.TlsInspector")
         ],
-        "filter_chains": [_envoy_chain(name, site) for name, site in SITES],
+        "filter_chains": [_envoy_chain(place, name, site) for name, site in SITES],
     }
     cluster = {
         "name": "app",
@@ -234,10 +253,11 @@ def _envoy(place: Place) -> str:
             "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _address(place.app)}}]}],
         },
     }
-    return json.dumps({"static_resources": {"listeners": [listener], "clusters": [cluster]}}, indent=1)
+    node = {"id": "audit", "cluster": "audit"}
+    return json.dumps({"node": node, "static_resources": {"listeners": [listener], "clusters": [cluster]}}, indent=1)
 
 
-def _envoy_chain(name: str, site: str) -> dict[str, object]:
+def _envoy_chain(place: Place, name: str, site: str) -> dict[str, object]:
     routes: list[dict[str, object]] = [
         {"match": {"prefix": f"{PROTECTED}/"}, "direct_response": {"status": 403}},
         {"match": {"prefix": "/"}, "route": {"cluster": "app"}},
@@ -257,7 +277,7 @@ def _envoy_chain(name: str, site: str) -> dict[str, object]:
             "tls_certificates": [
                 {"certificate_chain": {"filename": f"{name}.crt"}, "private_key": {"filename": f"{name}.key"}}
             ],
-            "validation_context": {"trusted_ca": {"filename": f"{name}-ca.crt"}},
+            **_envoy_trust(place, name),
         },
     }
     return {
@@ -265,6 +285,19 @@ def _envoy_chain(name: str, site: str) -> dict[str, object]:
         "filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}],
         "transport_socket": {"name": "envoy.transport_sockets.tls", "typed_config": tls},
     }
+
+
+def _envoy_trust(place: Place, name: str) -> dict[str, object]:
+    """Whom a site believes. With revocation by SDS from a file, so that a new list is taken up."""
+    trust: dict[str, object] = {"trusted_ca": {"filename": f"{name}-ca.crt"}}
+    if not place.crl:
+        return {"validation_context": trust}
+    trust |= {"crl": {"filename": f"{name}.crl"}, "watched_directory": {"path": str(place.folder)}}
+    kind = f"{_TYPE}.extensions.transport_sockets.tls.v3.Secret"
+    secret = {"@type": kind, "name": f"{name}-trust", "validation_context": trust}
+    (place.folder / f"{name}-sds.json").write_text(json.dumps({"resources": [secret]}))
+    source = {"path_config_source": {"path": f"{place.folder}/{name}-sds.json"}, "resource_api_version": "V3"}
+    return {"validation_context_sds_secret_config": {"name": f"{name}-trust", "sds_config": source}}
 
 
 def _typed(name: str, kind: str) -> dict[str, object]:
@@ -305,6 +338,7 @@ PEERS = (
         _handfast_command,
         _handfast_version,
         ("docs/howto/configure-the-guard.md",),
+        crl='crl = ["front.crl"]',
         header="Client-Cert",
     ),
     Peer(
@@ -315,6 +349,8 @@ PEERS = (
         _nginx_command,
         _nginx_version,
         ("https://nginx.org/en/docs/http/ngx_http_ssl_module.html",),
+        crl="ssl_crl front.crl;",
+        signal=signal.SIGHUP,
         header="X-SSL-Client-Cert",
         program="nginx",
     ),
@@ -329,6 +365,8 @@ PEERS = (
             "https://docs.haproxy.org/2.6/configuration.html",
             "https://www.haproxy.com/blog/ssl-client-certificate-management-at-application-level",
         ),
+        crl="crl-file front.crl",
+        signal=signal.SIGUSR2,
         header="X-SSL-Client-DN",
         beside=f"`crt-list.txt` has a line for each site: `front.pem [ca-file front-ca.crt verify required] {FRONT}`.",
         program="haproxy",
@@ -341,6 +379,8 @@ PEERS = (
         _stunnel_command,
         _stunnel_version,
         ("https://www.stunnel.org/static/stunnel.html",),
+        crl="CRLfile = front.crl",
+        signal=signal.SIGHUP,
         http=False,
         program="stunnel",
     ),
@@ -352,6 +392,7 @@ PEERS = (
         _envoy_command,
         _envoy_version,
         ("https://www.envoyproxy.io/docs/envoy/latest/start/quick-start/securing",),
+        crl="validation_context by SDS from a file: crl and watched_directory",
         header="X-Forwarded-Client-Cert",
     ),
 )

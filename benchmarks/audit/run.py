@@ -1,5 +1,5 @@
-"""Attacks five servers with the catalogue of `handfast audit`, each set up for mutual TLS as its documents say, and prints
-the table side by side. Everything runs on loopback, on free ports, and is stopped at the end. See README.md.
+"""Attacks five servers with the catalogue of `handfast audit`, each set up for mutual TLS as its documents say,
+and prints the table side by side. All of it runs on loopback, on free ports, and is stopped at the end. See README.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -23,13 +22,15 @@ from peers import PEERS, Peer, Place, install_envoy
 from readings import READINGS
 
 from handfast.audit.catalogue import choose
-from handfast.audit.local import Echo, Stage
+from handfast.audit.local import BACK, Echo, Stage, run_apart
 from handfast.audit.model import Check, Finding, Need, Outcome, Report, Verdict, not_applicable
 from handfast.audit.report import mark
-from handfast.audit.runner import Pace, prepare, run
+from handfast.audit.runner import Pace, Revoker, prepare
+from handfast.testing import TestLeaf
 
 PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "audit-of-peers.md"
 PATIENCE = 30.0  # seconds for a server to start, and to end
+REVOCATION = {"insider.revoked", "insider.resumed-after-revocation", "insider.kept-past-revocation"}
 MARKS = {"FAIL": "**fail**", "????": "?", "n/a ": "n/a", "note": "note", "pass": "pass"}
 
 
@@ -79,20 +80,48 @@ def main() -> int:
 
 
 def audit(peer: Peer, checks: Sequence[Check]) -> Audited:
-    """Start a server before the echo app, attack it, and stop it."""
+    """Attack a server before the echo app; and again with revocation lists, where a check needs that.
+
+    With lists alone, every authority in a chain must have one, and some would pass for the want of it.
+    """
+    revocation = [check for check in checks if check.id in REVOCATION]
+    others = [check for check in checks if check.id not in REVOCATION]
+    reports, config = [], ""
+    for crl, chosen in ((False, others), (True, revocation)):
+        if chosen:
+            report, text = _attack(peer, chosen, crl)
+            config = config or text
+            reports.append(report)
+    findings = tuple(finding for report in reports for finding in report.findings)
+    return Audited(peer, peer.version(), config, replace(reports[0], findings=findings))
+
+
+def _attack(peer: Peer, checks: Sequence[Check], crl: bool) -> tuple[Report, str]:
     with tempfile.TemporaryDirectory(prefix=f"audit-{peer.key}-") as name, Echo() as app:
-        place = Place(Path(name), free_port(), app.port)
+        place = Place(Path(name), free_port(), app.port, crl)
         stage = Stage.set_up(place.folder)
         config = peer.config(place)
         (place.folder / peer.file).write_text(config)
-        with started(peer, place) as pid:
-            target, means = stage.target(place.port), replace(stage.means, client=None, pid=pid)
-            ready = prepare(target, means, Pace())
+        with started(peer, place) as process:
+            target = stage.target(place.port)
+            means = replace(stage.means, client=None, pid=process.pid, other=replace(target, sni=BACK))
+            if crl:
+                means = replace(means, revoked=stage.revoked, revoker=_revoker(peer, stage, process))
+            audits = [prepare(target, means, Pace()) for _ in range(2)]
             if not peer.http:  # the app's HTTP is none of its business
-                ready = replace(ready, look=replace(ready.look, http=False))
-            report = run(ready, [_fitting(peer, check) for check in checks], _progress)
-        config = config.replace(str(place.port), "8443").replace(str(app.port), "8000")
-        return Audited(peer, peer.version(), config.replace(f"{place.folder}/", ""), report)
+                audits = [replace(one, look=replace(one.look, http=False)) for one in audits]
+            report = run_apart(audits[0], audits[1], [_fitting(peer, check) for check in checks], _progress)
+    config = config.replace(str(place.port), "8443").replace(str(place.app), "8000")
+    return report, config.replace(f"{place.folder}/", "")
+
+
+def _revoker(peer: Peer, stage: Stage, process: subprocess.Popen[bytes]) -> Revoker:
+    def revoke(leaf: TestLeaf) -> None:
+        stage.revoke(leaf)
+        if peer.signal is not None:
+            process.send_signal(peer.signal)
+
+    return replace(stage.revoker, revoke=revoke)
 
 
 def _fitting(peer: Peer, check: Check) -> Check:
@@ -108,14 +137,14 @@ def _progress(check: Check, outcome: Outcome | None) -> None:
 
 
 @contextmanager
-def started(peer: Peer, place: Place) -> Iterator[int]:
-    """Run a server until the `with` ends; its process."""
+def started(peer: Peer, place: Place) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server until the `with` ends."""
     with (place.folder / "output.txt").open("wb") as output:
         command = peer.command(place)
         process = subprocess.Popen(command, cwd=place.folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
             _wait_for(place, process)
-            yield process.pid
+            yield process
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -218,13 +247,13 @@ _HEAD = """<!-- Written by `make bench-audit`; change benchmarks/audit, not this
 
 # The audit of handfast and its peers
 
-`handfast audit` attacks any mutual-TLS server. Here it attacks five, handfast among them, each before the same app: two sites
-by server name, each with clients of another authority, and one path that nobody may ask for. Each is set up as its own
-documents say for mutual TLS, and otherwise as it comes; the configurations stand at the end.
+`handfast audit` attacks any mutual-TLS server. Here it attacks five, handfast among them, each before the same app: two
+sites by server name, each with clients of another authority, and one path that nobody may ask for. Each is set up as its
+own documents say for mutual TLS, and otherwise as it comes; the configurations stand at the end.
 
 A failure is not a bug of a server. Often it is a default that a setting changes; then the setting is named, and where it
-says *checked* the same attack was made again with it. The catalogue is ours, and so is its measure of what a server should
-withstand: who wrote the checks passes more of them. Read it as a list of what to look at, not as a score.
+says *checked* the same attack was made again with it. The catalogue is ours, and so is its measure of what a server
+should withstand: who wrote the checks passes more of them. Read it as a list of what to look at, not as a score.
 
 Run on {date} in about {minutes} minutes, by:
 
@@ -233,7 +262,7 @@ make bench-audit
 ```
 """
 
-_LEGEND = """`pass`: the attack was made and beaten back. `fail`: it worked. `note`: it worked, and is only worth knowing.
+_LEGEND = """`pass`: the attack was made and beaten back. `fail`: it worked. `note`: it worked, and is worth knowing.
 `n/a`: it cannot be made there, and below it says why. `?`: what came back says neither.
 `handfast audit --list` says what each attack is.
 """

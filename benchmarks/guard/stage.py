@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -79,8 +79,9 @@ class Running:
 def _tree(pid: int) -> set[int]:
     found = {pid}
     for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found |= _tree(int(child))
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that ended as we looked
+            for child in (task / "children").read_text().split():
+                found |= _tree(int(child))
     return found
 
 

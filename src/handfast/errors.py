@@ -191,6 +191,11 @@ class Reason(Enum):
     VERIFY_CRL_STALE = _verify(
         "crl_stale", "the revocation list of {issuer} was due for renewal on {next_update}", "fetch a fresh one"
     )
+    VERIFY_CRL_OLDER = _verify(
+        "crl_older",
+        "the revocation list of {issuer} is older (number {given}) than the one in force (number {held})",
+        "fetch the newest; if it is meant, start the guard again",
+    )
     VERIFY_CRL_INVALID = _verify("crl_invalid", "the revocation list of {issuer} cannot be trusted: {detail}")
     VERIFY_NO_EKU = _verify(
         "no_eku",

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives import serialization
 from tlslite.api import HandshakeSettings, TLSConnection, X509CertChain, parsePEMKey
 from tlslite.x509 import X509
 
-from cryptography.hazmat.primitives import serialization
 from handfast.guard.places import parse_target
 from handfast.guard.routes import Identify, Route, Site, Sites, Snapshot, usual_headers
 from handfast.guard.upstream import Backend, Upstreams
@@ -296,6 +296,7 @@ def lax_twin(leaf: Leaf, folder: Path, *, session_ids: bool = False) -> Iterator
     context.load_cert_chain(*leaf.save(folder, "twin"))
     if session_ids:
         context.options |= ssl.OP_NO_TICKET
+
     def serve() -> None:
         while True:
             try:

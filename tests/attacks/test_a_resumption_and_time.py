@@ -9,7 +9,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography import x509
 from OpenSSL import SSL
 from tlslite.errors import TLSError
 from tlslite.messages import Certificate
@@ -66,9 +65,7 @@ def test_a1_a_session_of_one_site_is_nothing_at_another(attacker: Attacker, ca: 
         context = attacker.context(leaf, tls12=tls12)
         first = attacker.call(guard, request=get(host="a.test"), name="a.test", context=context)
         assert first.status == 200
-        again = attacker.call(
-            guard, request=get(host="b.test"), name=name, context=context, session=first.session
-        )
+        again = attacker.call(guard, request=get(host="b.test"), name=name, context=context, session=first.session)
         assert again.refusal == (403, "verify.unknown_issuer")
         assert not again.reused
         assert untouched(b)
@@ -95,23 +92,20 @@ def test_a2_a_session_of_a_lax_server_with_our_certificate_is_nothing(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a2_a_session_of_an_optional_listener_is_nothing_at_a_strict_one(
-    attacker: Attacker, ca: Ca, way: str
-) -> None:
+def test_a2_a_session_of_an_optional_listener_is_nothing_at_a_strict_one(attacker: Attacker, ca: Ca, way: str) -> None:
     """A2: a session from a listener that asks for nothing is no certificate at its strict neighbour, nor after a start
     anew."""
     server, tls12 = ca.server(), way == "tls12"
     context = attacker.context(tls12=tls12)
-    with App() as app, App() as strict:
-        with Running(ca, app.address, server=server, tls12=tls12) as lax:
-            serve_sites(lax, Vhost(app, client_auth=ClientAuth.OPTIONAL, tls12=tls12, server=server, nameless=True))
-            first = attacker.call(lax, context=context)
-            assert first.status == 200
-            for _ in range(2):  # a neighbour, then one that was started anew
-                with Running(ca, strict.address, server=server, tls12=tls12) as guard:
-                    again = attacker.call(guard, context=context, session=first.session)
-                    assert again.refusal == (401, "verify.no_certificate")
-                    assert not again.reused
+    with App() as app, App() as strict, Running(ca, app.address, server=server, tls12=tls12) as lax:
+        serve_sites(lax, Vhost(app, client_auth=ClientAuth.OPTIONAL, tls12=tls12, server=server, nameless=True))
+        first = attacker.call(lax, context=context)
+        assert first.status == 200
+        for _ in range(2):  # a neighbour, then one that was started anew
+            with Running(ca, strict.address, server=server, tls12=tls12) as guard:
+                again = attacker.call(guard, context=context, session=first.session)
+                assert again.refusal == (401, "verify.no_certificate")
+                assert not again.reused
     assert untouched(strict)
 
 

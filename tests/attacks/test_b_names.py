@@ -82,7 +82,9 @@ def test_b1_a_public_name_in_front_of_a_protected_one(attacker: Attacker, ca: Ca
 
 _LABEL = st.text("aAbB0_-.*[]:@%。ß\0 ", max_size=6)
 _HOSTS = st.one_of(
-    st.builds("".join, st.lists(st.sampled_from(["a", "A", "b", "test", "TEST", ".", "*", ":443", "-", "_", " ", "é"]))),
+    st.builds(
+        "".join, st.lists(st.sampled_from(["a", "A", "b", "test", "TEST", ".", "*", ":443", "-", "_", " ", "é"]))
+    ),
     _LABEL,
     st.sampled_from(["a.test", "A.TEST.", "x.a.test", "127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "0x7f.1", "127.1"]),
 )
@@ -275,9 +277,7 @@ def test_b4_a_site_has_all_of_its_own_settings(
     """B4: each setting of a site holds beside a weaker default, and a stricter default does not spill over."""
     stricter, leaf, reason = STRICTER[case](ca)
     with App() as lax, App() as strict, Running(ca, lax.address) as guard:
-        weak = Vhost(
-            lax, ("lax.test",), client_auth=OPTIONAL, nameless=not turned, tls12=True, terms={"legacy": True}
-        )
+        weak = Vhost(lax, ("lax.test",), client_auth=OPTIONAL, nameless=not turned, tls12=True, terms={"legacy": True})
         serve_sites(guard, weak, Vhost(strict, ("strict.test",), nameless=turned, tls12=tls12, **stricter))
         context = attacker.context(leaf, tls12=tls12)
         assert attacker.call(guard, request=get(host="lax.test"), name="lax.test", context=context).status == 200
@@ -399,4 +399,3 @@ def test_b8_a_header_that_cannot_be_made_refuses(attacker: Attacker, ca: Ca) -> 
             assert attacker.call(guard, ca.client()).status == 0
             assert guard.events.next("ended")["reason"] == "bug"
             assert not app.received
-

@@ -21,8 +21,8 @@ from handfast.errors import Failure, HandfastError
 from handfast.guard.assembly import Assembly
 from handfast.guard.config import load_config
 from handfast.guard.events import Logged
-from handfast.guard.routes import Sites, Snapshot
 from handfast.guard.places import parse_target
+from handfast.guard.routes import Sites, Snapshot
 from handfast.guard.upstream import Backend, Upstreams
 from handfast.pki.certificates import fingerprint
 from handfast.pki.names import parse_name

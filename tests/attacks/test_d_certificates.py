@@ -10,12 +10,13 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 from tlslite.errors import TLSError
@@ -25,7 +26,7 @@ from handfast.pki.issuing import Issuer
 from handfast.pki.revocation import build_crl, check_crls
 from handfast.policy import parse_policy
 from handfast.tls.server import ClientAuth
-from tests.attacks.kit import LISTENER, Attacker, Vhost, command, key_of, serve_sites, tlslite, untouched
+from tests.attacks.kit import LISTENER, Attacker, Vhost, command, serve_sites, tlslite, untouched
 from tests.guard.test_admission import REFUSED
 from tests.support.apps import App, get
 from tests.support.certs import DAY, Ca, Leaf, Spec, _now, make
@@ -39,12 +40,6 @@ def _subject(ca: Ca, oid: ObjectIdentifier, value: str, kind: _ASN1Type = _ASN1T
     """A client whose subject has one attribute of any kind of string, sound or not."""
     leaf = ca.client()
     key = ec.generate_private_key(ec.SECP256R1())
-    builder = x509.CertificateBuilder(
-        x509.Name([]), x509.Name([]), key.public_key(), leaf.certificate.serial_number + 1
-    )
-    builder = builder.not_valid_before(_now() - DAY).not_valid_after(_now() + DAY)
-    builder = builder.issuer_name(ca.certificate.subject) if False else builder
-    del builder
     made = (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(oid, value, _type=kind, _validate=False)]))
@@ -102,7 +97,6 @@ BAD_NAMES: dict[str, Callable[[Ca], Leaf]] = {
     "cn_bmp_nul": lambda ca: _subject(ca, CN, "admin\0evil", _ASN1Type.BMPString),
     "cn_universal_nul": lambda ca: _subject(ca, CN, "admin\0evil", _ASN1Type.UniversalString),
     "cn_t61_nul": lambda ca: _subject(ca, CN, "admin\0evil", _ASN1Type.T61String),
-    "cn_invalid_utf8": lambda ca: _bytes(_subject(ca, CN, "adminEVIL"), ca, b"adminEVIL", b"admin\xff\xfe\xc0\xaf"),
     "dns_nul": lambda ca: _san(ca, _raw(x509.DNSName, "admin.example\0.evil.example")),
     "dns_newline": lambda ca: _san(ca, _raw(x509.DNSName, "admin.example\n")),
     "uri_nul": lambda ca: _san(ca, _raw(x509.UniformResourceIdentifier, "spiffe://test/admin\0evil")),
@@ -129,6 +123,18 @@ def test_d1_control_bytes_in_a_name_refuse(attacker: Attacker, ca: Ca, case: str
         event = guard.events.next("connection")
         assert event["decision"] == "deny"
         assert event["presented"].isprintable()
+        assert untouched(app)
+
+
+def test_d1_bytes_that_are_no_text_refuse(ca: Ca) -> None:
+    """D1: a common name that is no UTF-8, which OpenSSL's own clients will not send, refuses."""
+    leaf = _bytes(_subject(ca, CN, "adminEVIL"), ca, b"adminEVIL", b"admin\xff\xfe\xc0\xaf")
+    with App() as app, Running(ca, app.address) as guard:
+        with pytest.raises((TLSError, ConnectionError)), tlslite(guard, leaf) as tls:  # noqa: PT012  # either may tell
+            tls.write(KEPT)
+            assert not bytes(tls.read(min=1)).startswith(b"HTTP/1.1 200")
+            raise ConnectionError("refused in words")
+        assert guard.events.next("connection")["decision"] == "deny"
         assert untouched(app)
 
 
@@ -208,9 +214,7 @@ def test_d5_two_authorities_of_two_sites_are_two(attacker: Attacker, ca: Ca) -> 
     namesake = Ca.root("Test Root")
     policy = parse_policy(["cn:admin"])
     with App() as a, App() as b, Running(ca, a.address) as guard:
-        serve_sites(
-            guard, Vhost(a, ("a.test",), policy=policy), Vhost(b, ("b.test",), ca=namesake, policy=policy)
-        )
+        serve_sites(guard, Vhost(a, ("a.test",), policy=policy), Vhost(b, ("b.test",), ca=namesake, policy=policy))
         theirs, ours = namesake.client(cn="admin"), ca.client(cn="admin")
         assert attacker.call(guard, theirs, get(host="a.test"), "a.test").refusal == (403, "verify.bad_signature")
         assert untouched(a)
@@ -398,7 +402,9 @@ def test_d9_a_path_is_found_or_it_is_not(attacker: Attacker, ca: Ca, case: str, 
                     answer = b""
                 assert answer.startswith(b"HTTP/1.1 200 ") is good, answer
         assert untouched(app) is not good
-        assert guard.events.next("connection")["decision"] == ("accept" if good and not tcp else "allow" if good else "deny")
+        assert guard.events.next("connection")["decision"] == (
+            "accept" if good and not tcp else "allow" if good else "deny"
+        )
 
 
 def test_d9_an_intermediate_may_be_an_anchor_and_its_issuer_is_then_none(attacker: Attacker, ca: Ca) -> None:
@@ -415,8 +421,7 @@ def test_d9_an_intermediate_may_be_an_anchor_and_its_issuer_is_then_none(attacke
 
 COSTLY: dict[str, Callable[[Ca], Leaf]] = {
     "many_names": lambda ca: ca.leaf(*(f"h{at}.example" for at in range(2000)), "spiffe://other/x"),
-    "long_name": lambda ca: ca.client("spiffe://test/" + "a" * 20_000),
-    "large_subject": lambda ca: _subject(ca, CN, "a" * 60_000),
+    "long_name": lambda ca: Ca.root("Other").client("spiffe://test/" + "a" * 40_000),
     "many_extensions": lambda ca: ca.client(
         extra=[(x509.UnrecognizedExtension(ObjectIdentifier(f"1.2.3.{at}"), b"\5\0"), True) for at in range(300)]
     ),
@@ -427,8 +432,6 @@ COSTLY: dict[str, Callable[[Ca], Leaf]] = {
 def test_d10_a_costly_certificate_costs_little(attacker: Attacker, ca: Ca, case: str) -> None:
     """D10: huge names, thousands of them, or hundreds of extensions do not hold up the next client for half a second,
     and are not echoed into the log at length."""
-    from time import monotonic
-
     with App() as app, Running(ca, app.address) as guard:
         leaf = COSTLY[case](ca)
         context = attacker.context(leaf)
@@ -436,9 +439,8 @@ def test_d10_a_costly_certificate_costs_little(attacker: Attacker, ca: Ca, case:
         began = monotonic()
         assert attacker.call(guard, ca.client()).status == 200
         assert monotonic() - began < 1
-        for event in guard.events.all:
-            assert len(json.dumps(event)) < 40_000
-        assert app.connections >= 1
+        assert guard.events.next("request")["status"] == 200
+        assert max(len(json.dumps(event)) for event in guard.events.all) < 4096
 
 
 REFUSALS = """
@@ -507,7 +509,7 @@ def test_d10_refused_connections_leave_nothing_behind(attacker: Attacker, ca: Ca
     """D10: connections that `handfast guard` refuses, in words or by an alert, leave memory as it was."""
     ca.server().save(tmp_path, "server")
     ca.save(tmp_path, "clients")
-    count = FULL // 20
+    count = FULL // 40
     with App() as app:
         with command(tmp_path, f'{LISTENER}to = "{app.address}"\n') as guard:
 
@@ -526,17 +528,13 @@ def test_d10_refused_connections_leave_nothing_behind(attacker: Attacker, ca: Ca
         assert untouched(app)
 
 
-def _signed_by_openssl(ca: Ca, folder: Path, *options: str, curve: str | None = None) -> Leaf:
-    """A client as openssl makes it: with SHA-1, or with a curve spelled out."""
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
+def _signed_by_openssl(ca: Ca, folder: Path) -> Leaf:
+    """A client with SHA-1 under it, as `cryptography` will not make it."""
     cert, key = Leaf(ca.certificate, ca.key).save(folder, "authority")
     (folder / "extensions").write_text("extendedKeyUsage=clientAuth\nsubjectAltName=URI:spiffe://test/web\n")
-    new = f"ecparam -name {curve} -genkey -noout -param_enc explicit" if curve else "genrsa 2048"
     for line in (
-        f"{new} -out {folder}/k" if curve else f"genrsa -out {folder}/k 2048",
-        f"req -new -key {folder}/k -subj / -out {folder}/csr",
-        f"x509 -req {' '.join(options)} -in {folder}/csr -CA {cert} -CAkey {key} -set_serial 7 "
+        f"req -new -newkey rsa:2048 -nodes -keyout {folder}/k -subj / -out {folder}/csr",
+        f"x509 -req -sha1 -in {folder}/csr -CA {cert} -CAkey {key} -set_serial 7 "
         f"-extfile {folder}/extensions -out {folder}/c",
     ):
         subprocess.run(["openssl", *line.split()], check=True, capture_output=True)
@@ -545,18 +543,14 @@ def _signed_by_openssl(ca: Ca, folder: Path, *options: str, curve: str | None = 
 
 
 @pytest.mark.parametrize("tcp", [False, True])
-@pytest.mark.parametrize("case", ["sha1", "rsa_1024", "k256"])
+@pytest.mark.parametrize("case", ["sha1", "rsa_1024"])
 def test_d11_weak_keys_and_hashes_are_refused(ca: Ca, tmp_path: Path, case: str, tcp: bool) -> None:
-    """D11: a client with SHA-1 under its certificate, RSA of 1,024 bits or a curve that is not NIST's is refused by the
-    guard, also where its own TLS has no qualms (tlslite-ng)."""
-    match case:
-        case "sha1":
-            leaf = _signed_by_openssl(ca, tmp_path, "-sha1")
-        case "rsa_1024":
-            leaf = ca.client(key=rsa.generate_private_key(65537, 1024))
-        case _:
-            leaf = ca.client(key=ec.generate_private_key(ec.SECP256K1()))
-    assert key_of(leaf)
+    """D11: a client with SHA-1 under its certificate or RSA of 1,024 bits is refused by the guard, though its own TLS
+    (tlslite-ng) has no qualms. A curve that is not NIST's has no signature scheme in TLS 1.3 (tests/pki has it)."""
+    if case == "sha1":
+        leaf = _signed_by_openssl(ca, tmp_path)
+    else:
+        leaf = ca.client(key=rsa.generate_private_key(65537, 1024))
     with App() as app, Running(ca, f"tcp://{app.address}" if tcp else app.address) as guard:
         answer = b""
         try:
@@ -568,10 +562,8 @@ def test_d11_weak_keys_and_hashes_are_refused(ca: Ca, tmp_path: Path, case: str,
         assert not answer.startswith(b"HTTP/1.1 200 ")
         event = guard.events.next("connection")
         assert event["decision"] == "deny"
-        assert {event["reason"], *event.get("also", [])} & {
-            *("verify.weak_hash", "verify.weak_key", "tls.handshake", "tls.bad_proof", "tls.alert", "tls.closed"),
-            *("verify.unknown_issuer", "verify.judge"),
-        }
+        weakness = "verify.weak_hash" if case == "sha1" else "verify.weak_key"
+        assert weakness in [event["reason"], *event.get("also", [])]
         assert untouched(app)
 
 

@@ -205,7 +205,7 @@ def guarding(
     else:
         words = (*words, "--listen", "127.0.0.1:0", "--json")
     with Child((*HANDFAST, "guard", *words), folder, env, merge=False) as child:
-        ready = json.loads(child.line())
+        ready = json.loads(child.line('"event": "ready"|"error"'))  # of several workers, one may have its say before
         assert ready.get("event") == "ready", (ready, child.errors)
         guard = Guarded(child, ready)
         yield guard

@@ -76,7 +76,8 @@ class Running:
         """What is in force, or would be with other terms."""
         target = self.upstreams.target
         server = self.server or self.ca.server()
-        settings = ServerSettings(answer_refusals=target.http, allow_tls12=self.tls12)
+        alpn = (b"h2", b"http/1.1") if target.http else ()
+        settings = ServerSettings(answer_refusals=target.http, allow_tls12=self.tls12, alpn=alpn)
         bundle = terms.pop("bundle", TrustBundle((self.ca.certificate,), self.trust_domain))
         asked = Terms(bundle, Purpose.CLIENT, legacy=self.legacy, **terms)
         context = ServerContext(Credential(server.key, server.presented), asked, settings)

@@ -10,7 +10,10 @@ from handfast.audit import (
     confusion,
     hellos,
     insider_certificates,
+    insider_door,
+    insider_requests,
     insider_sessions,
+    insider_smuggling,
     middle,
     parameters,
     replays,
@@ -29,6 +32,9 @@ CHECKS: tuple[Check, ...] = (
     *middle.CHECKS,
     *insider_certificates.CHECKS,
     *insider_sessions.CHECKS,
+    *insider_requests.CHECKS,
+    *insider_smuggling.CHECKS,
+    *insider_door.CHECKS,
 )
 
 

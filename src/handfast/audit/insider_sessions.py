@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -28,12 +29,13 @@ from handfast.audit.model import (
 )
 from handfast.audit.oracle import Reach, Reply, reach, worst
 from handfast.audit.runner import Audit, Target
-from handfast.audit.wires import call
+from handfast.audit.wires import Silence, call
 from handfast.testing import TestLeaf
 from handfast.tls.probe import Offer, ProbeRefused, Session
 
 _SHORT = timedelta(seconds=3)  # the life of a certificate that expires while we watch
 _GRACE = 2.0  # seconds after its end in which a server may still serve it
+_GOODBYE = 0.5  # seconds in which a server may put a session into its cache
 _NOBODY = "audit.invalid"  # no server has this name (RFC 6761 6.4)
 
 _NO_RESUMPTION = Remedies(
@@ -86,7 +88,13 @@ def _fresh(audit: Audit, way: _Way, leaf: TestLeaf) -> Session | None:
     _, tls12, tickets = way.value
     with audit.connect() as wire:
         reply, probe = call(wire, replace(audit.offer(leaf, tls12=tls12), tickets=tickets), audit.request)
-    return probe.session if probe is not None and reply.handshake else None
+        if probe is None or not reply.handshake:
+            return None
+        session = probe.leave()
+        with suppress(OSError, Silence):  # the server has left already
+            wire.send(probe.take())
+            wire.read_all(within=_GOODBYE)
+    return session
 
 
 def _resume(audit: Audit, kept: _Kept, server_name: str | None = "") -> tuple[Reply, bool]:

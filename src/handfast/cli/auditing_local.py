@@ -7,14 +7,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from handfast.audit.local import BACK, FRONT, PROTECTED, Echo, Stage, fold
+from handfast.audit.local import BACK, FRONT, PROTECTED, Echo, Stage, fold, run_apart
 from handfast.audit.model import Check, Evidence, Outcome, Remedies, Report, Severity, failed, passed
 from handfast.audit.runner import Audit, Means, Pace, Progress, prepare, run
 from handfast.errors import Reason, Unreachable
@@ -48,7 +48,7 @@ key = "{name}.key"
 client_ca = "{name}-ca.crt"
 tls_min = "{oldest}"
 to = "127.0.0.1:{app}"
-allow = ["deny any {protected}/**", "allow any"]
+allow = ["deny any {protected}/**", "allow spiffe://test/web"]
 headers = ["client-cert", "client-identity", "xfcc", "x-ssl-client"]
 """
 _CRL = 'crl = ["{name}.crl"]\n'
@@ -68,21 +68,26 @@ def audit_local(checks: Sequence[Check], pace: Pace, progress: Progress) -> Repo
         stage = Stage.set_up(Path(name))
         write_public(stage.folder / "handfast.toml", guard_config(app.port, _LISTENERS.values()).encode())
         log = _Log()
-        with _guarding(stage.folder, log) as (pid, ports), ThreadPoolExecutor(len(ports)) as pool:
-            ready = [prepare(stage.target(port), _means(stage, pid, ports, port), pace) for port in ports]
-            running: list[Future[Report]] = [pool.submit(run, audit, checks, progress) for audit in ready]
-            reports = [one.result() for one in running]
-        (whole,) = run(ready[0], [_whole(log)], progress).findings
+        reports = []
+        with _guarding(stage.folder, log) as (pid, ports):
+            for port in ports:
+                means = _means(stage, pid, ports, port)
+                audits = [prepare(stage.target(port), means, pace) for _ in range(2)]
+                reports.append(run_apart(audits[0], audits[1], checks, progress))
+        (whole,) = run(audits[0], [_whole(log)], progress).findings
     return fold(list(zip(_LISTENERS, reports, strict=True)), whole)
 
 
 def _means(stage: Stage, pid: int, ports: Sequence[int], port: int) -> Means:
-    """What there is against the listener at `port`. Only one that reads lists can be told of a revocation."""
-    other = next(one for one in ports if one != port)
-    means = replace(stage.means, pid=pid, other=stage.target(other))
+    """What there is against the listener at `port`: elsewhere is the site in back, or the listener without a list.
+
+    Only a listener that reads lists can be told of a revocation.
+    """
+    means = replace(stage.means, pid=pid)
     if list(_LISTENERS.values())[ports.index(port)].crl:
-        means = replace(means, revoked=stage.revoked, revoker=stage.revoker)
-    return means
+        other = next(one for one in ports if one != port)
+        return replace(means, other=stage.target(other), revoked=stage.revoked, revoker=stage.revoker)
+    return replace(means, other=replace(stage.target(port), sni=BACK))
 
 
 def how_many(checks: Sequence[Check]) -> int:

@@ -327,6 +327,7 @@ async def _serve_admin(assembly: Assembly, worker: Worker, plug: socket.socket, 
 
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, worker.ready)  # it has nothing to read anew, and is asked all the same
     loop.add_signal_handler(signal.SIGUSR2, drain)  # the workers are told to stop; this one goes last
     loop.add_reader(worker.report.fileno(), reports.read)
     admin = Admin(

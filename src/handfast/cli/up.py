@@ -72,7 +72,11 @@ def up_(
             authority,
             Upstreams(str(target), (Backend(target),)),
             policy,
-            ServerSettings(answer_refusals=target.http, offer_authorities=not no_ca_names),
+            ServerSettings(
+                answer_refusals=target.http,
+                offer_authorities=not no_ca_names,
+                alpn=(b"h2", b"http/1.1") if target.http else (),
+            ),
             _server_names(names, place.host),
             tuple(ClientFiles(name, folder / "clients" / file_base(name)) for name in client_names),
         )

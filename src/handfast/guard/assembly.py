@@ -104,6 +104,7 @@ class Assembly:
     certificates: dict[str, datetime] = field(default_factory=dict)  # listener and names -> when it expires
     _groups: _Groups = field(default_factory=dict)
     _checkers: dict[_Asking, OcspChecker] = field(default_factory=dict)  # and so what they know outlives a snapshot
+    _crls: dict[str, CrlSet] = field(default_factory=dict)  # in force, by listener and names
     _generation: int = 0
     _revision: int = -1
     _watch: Watch = field(default_factory=lambda: Watch(()))
@@ -220,6 +221,7 @@ class Assembly:
         }
         self._generation += 1
         self._groups, self.certificates, self._revision = making.groups, making.certificates, revision
+        self._crls = making.crls
         return Snapshot(sites, self._generation)
 
     def _site(self, making: _Making, listener: ListenerConfig, site: SiteConfig) -> Site:
@@ -234,11 +236,18 @@ class Assembly:
         bundle = making.trust(site)
         if bundle.anchors:
             check_time(bundle.anchors, now)
+        key, crls = f"{listener.name} {' '.join(site.names)}".strip(), _crls(site.crl, bundle)
+        if crls is not None:
+            before = self._crls.get(key)
+            failure = None if before is None else crls.rolled_back_from(before)
+            if failure is not None:
+                raise HandfastError(failure.reason, **failure.facts)
+            making.crls[key] = crls
         terms = Terms(
             bundle,
             Purpose.CLIENT,
             revocations=making.revocations,
-            crls=_crls(site.crl, bundle),
+            crls=crls,
             legacy=site.legacy_certs,
             depth=site.verify_depth,
         )
@@ -253,7 +262,7 @@ class Assembly:
             alpn=alpn,
         )
         context = ServerContext(credential, terms, settings)
-        making.certificates[f"{listener.name} {' '.join(site.names)}".strip()] = credential.chain[0].not_valid_after_utc
+        making.certificates[key] = credential.chain[0].not_valid_after_utc
         policy = _policy(site, bundle.trust_domain)
         asked = [*site.routes, RouteConfig()] if site.to is not None else site.routes
         routes = [self._route(making, (listener, site, route), policy, bundle.trust_domain) for route in asked]
@@ -390,6 +399,7 @@ class _Making:
     bundle: TrustBundle = field(default_factory=lambda: TrustBundle(()))
     revocations: Revocations = NO_REVOCATIONS
     groups: _Groups = field(default_factory=dict)
+    crls: dict[str, CrlSet] = field(default_factory=dict)
     certificates: dict[str, datetime] = field(default_factory=dict)
 
     def trust(self, site: SiteConfig) -> TrustBundle:

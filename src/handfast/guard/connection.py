@@ -41,6 +41,7 @@ from handfast.wire.proxy import Address, Endpoints, TlsFacts, proxy_v2
 if TYPE_CHECKING:
     from handfast.guard.service import Guard
 
+LAST_MOMENT = 2.0  # seconds for a handshake, and for the one request after it, once the guard is told to stop
 MAX_UNREAD = 4 << 20  # bytes that may wait for a client that does not read; the app is paused long before
 
 
@@ -152,8 +153,8 @@ class Connection(asyncio.Protocol):
         self.guard.metrics.connection_opened(self.listener.name)
         self.set_deadline(self.limits.handshake)
         if self.guard.draining:
-            self.abort()
-        elif self.listener.proxy_from and self._believed(name):
+            self.hurry()
+        if self.listener.proxy_from and self._believed(name):
             self.become(Announced(self))
         else:
             self.enter()
@@ -222,11 +223,15 @@ class Connection(asyncio.Protocol):
             self.end_trust(failure)
 
     def drain(self) -> None:
-        """Finish what is under way, and nothing more."""
+        """Finish what is under way, and nothing more. Who is coming in may ask once: in a hand-over nobody is refused."""
         if self._session is not None:
             self._session.finish()
-        elif isinstance(self._state, Handshaking):
-            self.abort()
+        elif isinstance(self._state, Handshaking | Announced):
+            self.hurry()
+
+    def hurry(self) -> None:
+        """Leave the present state no more than a moment."""
+        self.deadline = min(self.deadline, monotonic() + LAST_MOMENT)
 
     def end_trust(self, failure: Failure) -> None:
         """Cut the peer off: nothing more goes either way."""

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from handfast.errors import Failure, Reason, RemoteProtocolError
 from handfast.guard.checking import Checking
 from handfast.guard.door import Door
-from handfast.guard.events import refusal_body, told
+from handfast.guard.events import cut, refusal_body, told
 from handfast.guard.http import HttpSession
+from handfast.guard.http2 import Http2Refusing, Http2Session
 from handfast.guard.ocsp import Verdict
 from handfast.guard.tunnel import Tunnel
 from handfast.pki.certificates import label, serial_text
@@ -25,6 +26,7 @@ from handfast.wire.proxy import read_proxy
 if TYPE_CHECKING:
     from handfast.guard.connection import Connection
 
+MAX_ALSO = 8  # further reasons that a refusal's log line names
 LINGER = 2.0  # seconds for the peer to read why
 LINGER_BYTES = 1 << 18  # and what it may send meanwhile
 
@@ -313,7 +315,8 @@ def _admit(connection: Connection, accepted: Accepted, verdict: Verdict | None =
     if listener.http:
         guard.metrics.handshake("accept", "", monotonic() - connection.opened, listener.name)
         connection.event("connection", {"decision": "accept"} | shown)
-        connection.begin(HttpSession(connection, Door(connection, site, peer, facts), accepted.channel))
+        session = Http2Session if facts.alpn == b"h2" else HttpSession
+        connection.begin(session(connection, Door(connection, site, peer, facts), accepted.channel))
         return
     if guard.log.broken:
         _refuse(connection, Refused((Failure(Reason.GUARD_LOG_FAILED),), presented, accepted.channel, facts))
@@ -338,11 +341,12 @@ def _refuse(connection: Connection, refused: Refused) -> None:
     shown: dict[str, Any] = {}
     if refused.presented:
         leaf = refused.presented[0]
-        shown = {"presented": label(leaf), "serial": serial_text(leaf.serial_number)}
-    also = [failure.reason.code for failure in refused.failures[1:]] or None
+        shown = {"presented": cut(label(leaf)), "serial": serial_text(leaf.serial_number)}
+    also = list(dict.fromkeys(failure.reason.code for failure in refused.failures[1:]))[:MAX_ALSO] or None
     _denied(connection, first, {"also": also} | shown)
     if refused.channel is not None and connection.listener.http and refused.facts is not None:
-        refusing = Refusing(connection, refused.channel, first.reason)
+        teller = Http2Refusing if refused.facts.alpn == b"h2" else Refusing
+        refusing = teller(connection, refused.channel, first.reason)
         connection.become(refusing)
         connection.set_deadline(connection.limits.head)
         refusing.read()

@@ -25,6 +25,7 @@ from handfast.errors import Failure, Reason
 if TYPE_CHECKING:
     from handfast.guard.door import Admission
 
+MAX_TEXT = 512  # characters of a detail
 MAX_PENDING = 16 << 20  # bytes that may wait for a slow reader of the log before it counts as broken
 
 
@@ -152,7 +153,12 @@ def _held(lock: int | None) -> Iterator[None]:
 
 def told(failure: Failure) -> dict[str, Any]:
     """A failure as fields of an event: reason, detail, remedy."""
-    return {"reason": failure.reason.code, "detail": failure.message, "remedy": failure.hint or None}
+    return {"reason": failure.reason.code, "detail": cut(failure.message), "remedy": cut(failure.hint) or None}
+
+
+def cut(text: str) -> str:
+    """Keep a stranger's long names from filling the log."""
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…"
 
 
 def refusal_body(reason: Reason, request_id: str) -> bytes:

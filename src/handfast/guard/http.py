@@ -115,6 +115,9 @@ class HttpSession:
     def start(self) -> None:
         """Read what came along with the last of the handshake."""
         self._connection.set_deadline(self._connection.limits.idle)
+        if self._connection.guard.draining:
+            self._finishing = True
+            self._connection.hurry()
         self._pump()
 
     # The client's side.
@@ -593,6 +596,11 @@ class HttpSession:
         decision = "deny" if exchange is None else "allow"
         said = {"request": request_id, "decision": decision, "rule": rule, "status": status}
         self._connection.event("request", said | fields | told(failure))
+        metrics, listener = self._connection.guard.metrics, self._connection.listener.name
+        took = 0.0 if exchange is None else monotonic() - exchange.timing.began
+        metrics.request(listener, decision, failure.reason.code, status, took)
+        if failure.reason is Reason.LIMIT_REQUESTS:
+            metrics.limited(failure.reason.code)
         body = refusal_body(failure.reason, request_id)
         head_only = head is not None and head.method == b"HEAD"
         self._channel.write(plain_response(status, body, close=close, head_only=head_only))

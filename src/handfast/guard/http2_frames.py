@@ -7,6 +7,7 @@ before they are unpacked, and GOAWAY ends no stream that is under way (RFC 9113 
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterable
 from time import monotonic
 
@@ -25,6 +26,7 @@ from handfast.wire.http2 import MAX_LIST
 MAX_STREAMS = 100  # requests at a time (RFC 9113 6.5.2 names no less)
 STREAM_WINDOW = 1 << 18  # bytes of a request's body that wait for the app, of each stream
 CONNECTION_WINDOW = 1 << 20  # and of all streams together
+_LARGEST = 1 << 16  # bytes of a DATA frame of ours, where the peer takes so many: others want their turn
 TABLE = 4096  # bytes of a header table, RFC 9113 6.5.2's default; a peer's larger wish is not followed
 _CLOSED = 512  # streams that are remembered when they are over
 
@@ -229,7 +231,7 @@ def machine(*, client_side: bool) -> tuple[H2Connection, Frames]:
     return made, frames
 
 
-def goaway(made: H2Connection, last_stream: int) -> bytes:
+def goaway(last_stream: int) -> bytes:
     """Return a GOAWAY that lets the streams up to `last_stream` finish, which h2's own does not."""
     return GoAwayFrame(0, last_stream_id=last_stream).serialize()
 
@@ -243,3 +245,76 @@ def _settings(client_side: bool, streams: int) -> Settings:
     if not client_side:
         settings |= {SettingCodes.MAX_CONCURRENT_STREAMS: streams, SettingCodes.ENABLE_CONNECT_PROTOCOL: 1}
     return Settings(client=client_side, initial_values=settings)
+
+
+class Outflow:
+    """What one stream has to send: pieces of a body, each with the credit that its sender gets back for it.
+
+    Sends as much as the peer's windows take. `id`: the stream's, 0 until it is begun. `done`: all is sent, the end
+    of the stream too.
+    """
+
+    __slots__ = ("_frames", "_machine", "_queue", "done", "id", "last", "size", "trailers")
+
+    def __init__(self, machine: H2Connection, frames: Frames, identifier: int = 0) -> None:
+        self._machine, self._frames, self.id = machine, frames, identifier
+        self._queue: deque[tuple[bytes | memoryview, int]] = deque()
+        self.size = 0  # bytes that wait
+        self.last = False  # nothing more comes
+        self.trailers: list[Header] = []
+        self.done = False
+
+    def push(self, data: bytes, credit: int, last: bool) -> None:
+        """Take a piece. A large one is cut up without being copied for each cut."""
+        if data or credit:
+            self._queue.append((data if len(data) <= _LARGEST else memoryview(data), credit))
+            self.size += len(data)
+        self.last = self.last or last
+
+    def pump(self) -> int:
+        """Send what can be sent; return the credit of the pieces that went."""
+        machine, queue, credit = self._machine, self._queue, 0
+        if not self.id:
+            return 0
+        stream = machine.streams.get(self.id)
+        if self.done or stream is None or stream.closed:
+            return self.drop()
+        while queue:
+            data, worth = queue[0]
+            size = len(data)
+            if size:
+                windows = machine.outbound_flow_control_window, stream.outbound_flow_control_window
+                room = min(*windows, machine.max_outbound_frame_size, _LARGEST)
+                if room <= 0:
+                    return credit
+                self._frames.earn()
+                if size > room:
+                    machine.send_data(self.id, data[:room])
+                    queue[0] = data[room:], worth
+                    self.size -= room
+                    continue
+            queue.popleft()
+            self.size -= size
+            credit += worth
+            self.done = self.last and not queue and not self.trailers
+            if size or self.done:
+                machine.send_data(self.id, data, end_stream=self.done)
+        if self.last and not self.done:
+            self.done = True
+            if self.trailers:
+                machine.send_headers(self.id, self.trailers, end_stream=True)
+            else:
+                machine.end_stream(self.id)
+        return credit
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to send but the end."""
+        return not self._queue and not self.trailers
+
+    def drop(self) -> int:
+        """Forget what waits; return its credit."""
+        credit = sum(worth for _, worth in self._queue)
+        self._queue.clear()
+        self.size = 0
+        return credit

@@ -9,9 +9,10 @@ out, one question is asked, however many connections wait for it.
     unknown, stale, forged, not understood      refused     refused             30 s
     nothing: no responder, no way there         refused     let in, logged      30 s
 
-Where nothing of worth comes, the last good answer counts on until its own nextUpdate. An address that a certificate
-names was chosen by its authority and not by the operator: it is asked only in plain HTTP, at port 80 and at a public
-address, unless the operator named its host. The address is looked up once, judged, and then dialled as a number.
+Where nothing of worth comes, the last good answer counts on until its own nextUpdate, and a revocation for good. An
+address that a certificate names was chosen by its authority and not by the operator: it is asked only in plain HTTP, at
+port 80 and at a public address, unless the operator named its host. The address is looked up once, judged, and then
+dialled as a number.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from handfast.errors import Failure, HandfastError, InvalidInput, Reason, RemoteProtocolError, Unreachable
 from handfast.guard.places import join_address
 from handfast.guard.schema import Ocsp
-from handfast.pki.certificates import label, serial_text
+from handfast.pki.certificates import fingerprint, label, serial_text
 from handfast.pki.ocsp import MAX_ANSWER, NONCE, Question, Status, build_request, read_answer, responders
 from handfast.pki.verification import VerifiedPeer
 from handfast.wire.bodies import BodyKind, body_reader
@@ -39,7 +40,8 @@ from handfast.wire.targets import normal_host
 
 TIMEOUT = 3.0  # seconds from looking up the responder to the last byte of its answer; as long again for a turn
 MAX_OPEN = 32  # questions at once
-MAX_KNOWN = 16_384  # certificates
+MAX_KNOWN = 32_768  # certificates, of about 0.3 KiB here
+MAX_PEERS = 16_384  # peers that are found without hashing
 LONGEST = timedelta(hours=1)  # that an answer is believed
 SHORT = timedelta(seconds=30)  # that having none is remembered
 _SHORTEST = timedelta(seconds=1)  # between two questions about one certificate, also where clocks differ
@@ -101,7 +103,7 @@ class OcspChecker:
         self._lets_pass = policy is Ocsp.ALLOW_UNREACHABLE
         self._fixed = None if url is None else _parse_url(url, trusted=True)
         self._hosts = hosts
-        self._known: OrderedDict[tuple[object, int], _Known] = OrderedDict()  # by issuer and serial, oldest use first
+        self._known: OrderedDict[tuple[str, int], _Known] = OrderedDict()  # by issuer and serial, oldest use first
         # The same by the peer: hashing certificates is dear for what is looked at twice a second and connection.
         self._by_peer: dict[int, tuple[VerifiedPeer, _Known]] = {}
         self._turns = asyncio.Semaphore(MAX_OPEN)
@@ -131,7 +133,7 @@ class OcspChecker:
         held = self._by_peer.get(id(peer))
         if held is not None:
             return held[1]
-        key = (peer.path[1] if len(peer.path) > 1 else peer.leaf, peer.leaf.serial_number)
+        key = fingerprint(peer.path[min(1, len(peer.path) - 1)]), peer.leaf.serial_number
         known = self._known.get(key)
         if known is None:
             known = self._known[key] = _Known()
@@ -140,7 +142,7 @@ class OcspChecker:
                 self._by_peer.clear()
         else:
             self._known.move_to_end(key)
-        if len(self._by_peer) >= MAX_KNOWN:
+        if len(self._by_peer) >= MAX_PEERS:
             self._by_peer.clear()
         self._by_peer[id(peer)] = peer, known  # the peer is held, so that nothing else gets its id
         return known
@@ -149,9 +151,11 @@ class OcspChecker:
         try:
             verdict, until = await self._asked(known, peer, now)
         except HandfastError as error:
-            until = now + SHORT
+            until, last = now + SHORT, known.verdict
             if now < known.good_until:
                 verdict, until = _GOOD, min(until, known.good_until)
+            elif last is not None and last.failure is not None and last.failure.reason is Reason.VERIFY_REVOKED:
+                verdict = last
             elif isinstance(error, Unreachable) and self._lets_pass:
                 verdict = Verdict(unanswered=error.failure)
             else:

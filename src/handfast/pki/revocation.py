@@ -65,6 +65,7 @@ class _List:
     serials: frozenset[int]
     last_update: datetime
     next_update: datetime | None
+    number: int  # CRLNumber (RFC 5280 5.2.3); 0 without
     flaw: str  # why it cannot be used at all; '' if it can
 
 
@@ -110,6 +111,21 @@ class CrlSet:
             return _invalid(facts, "it is dated in the future")
         return None
 
+    def rolled_back_from(self, before: CrlSet) -> Failure | None:
+        """Return why these lists must not replace `before`: one of the same issuer is older. Raises nothing.
+
+        An old list is still signed and may still be in its time, and would un-revoke what was revoked since.
+        """
+        for name, lists in before._lists.items():
+            if name not in self._lists:
+                continue  # its certificates are refused then (VERIFY_CRL_MISSING)
+            held = max((one.number, one.last_update) for one in lists)
+            given = max((one.number, one.last_update) for one in self._lists[name])
+            if given < held:
+                issuer = lists[0].crl.issuer.rfc4514_string()[:200]
+                return Failure(Reason.VERIFY_CRL_OLDER, {"issuer": issuer, "held": held[0], "given": given[0]})
+        return None
+
     def _signed_by(self, name: bytes, issuer: x509.Certificate) -> _List | None:
         """The newest list of that name and signed with the issuer's key; a usable one before one that is not."""
         key = issuer.public_key()
@@ -117,7 +133,9 @@ class CrlSet:
         if (name, spki) in self._chosen:
             return self._chosen[name, spki]
         # Newest first, so that the signatures of older lists are not looked at.
-        candidates = sorted(self._lists[name], key=lambda one: (not one.flaw, one.last_update), reverse=True)
+        candidates = sorted(
+            self._lists[name], key=lambda one: (not one.flaw, one.last_update, one.number), reverse=True
+        )
         found = next((one for one in candidates if _is_signed(one.crl, issuer)), None)
         if len(self._chosen) < _MOST_KEYS:
             self._chosen[name, spki] = found
@@ -175,7 +193,14 @@ def _entry(serial: int, when: datetime, reason: str | None) -> x509.RevokedCerti
 
 def _read(crl: x509.CertificateRevocationList) -> _List:
     serials = frozenset(entry.serial_number for entry in crl)
-    return _List(crl, serials, crl.last_update_utc, crl.next_update_utc, _flaw(crl))
+    return _List(crl, serials, crl.last_update_utc, crl.next_update_utc, _number(crl), _flaw(crl))
+
+
+def _number(crl: x509.CertificateRevocationList) -> int:
+    try:
+        return crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+    except (x509.ExtensionNotFound, *UNREADABLE):
+        return 0
 
 
 def _flaw(crl: x509.CertificateRevocationList) -> str:

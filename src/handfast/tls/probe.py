@@ -7,6 +7,7 @@ never be used to reach a server that is trusted for anything.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from cryptography import x509
@@ -143,9 +144,15 @@ class Probe:
         except SSL.Error as error:
             raise _refused(error) from None
 
-    @property
-    def session(self) -> Session | None:
-        """What may be resumed; in TLS 1.3 once a ticket has been read."""
+    def leave(self) -> Session | None:
+        """End the connection in good order, and return what may be resumed; in TLS 1.3 once a ticket has been read.
+
+        `take` has the records that say goodbye.
+        """
+        with suppress(SSL.Error):  # it has ended already
+            self._connection.shutdown()
+        # On both sides, OpenSSL spoils the session of a connection that is dropped without a close_notify.
+        self._connection.set_shutdown(SSL.SENT_SHUTDOWN | SSL.RECEIVED_SHUTDOWN)
         engine = self._connection.get_session()
         return None if engine is None else Session(engine, self._connection.get_context())
 

@@ -317,6 +317,10 @@ class ServerHandshake:
         if settings.client_auth is ClientAuth.OFF:
             return Accepted(None, channel, facts)
         if self._peer is not None:
+            count = 1 + _count(_lib.SSL_get_peer_cert_chain(connection._ssl))
+            if count > MAX_CHAIN:  # OpenSSL follows a path among them, however many there are
+                failure = Failure(Reason.VERIFY_CHAIN_TOO_LONG, {"count": count, "limit": MAX_CHAIN})
+                return Refused((failure,), self._path, channel, facts)
             return Accepted(self._peer, channel, facts)
         presented = _presented(connection._ssl)
         if not presented and settings.client_auth is ClientAuth.OPTIONAL:
@@ -403,6 +407,10 @@ def _ders_of(stack: Any, *, owned: bool = False) -> tuple[bytes, ...]:
             _lib.X509_free(certificate)
         _lib.sk_X509_free(stack)
     return ders
+
+
+def _count(stack: Any) -> int:
+    return 0 if stack == _ffi.NULL else int(_lib.sk_X509_num(stack))
 
 
 def _der(certificate: Any) -> bytes:

@@ -1,0 +1,509 @@
+"""HTTP/2 mode: the requests of one verified peer, many at a time (RFC 9113).
+
+Theory of operation. The library (`http2_frames`) keeps the rules of frames, states and windows. Each request becomes
+a `Stream`, which the connection's one Door judges, and a carrier takes it to its app:
+
+    frames -> header list -> wire.http2 (one strict reading) -> Door -> Line (HTTP/1.1) | Call (HTTP/2) -> app
+
+What one stream does wrong ends that stream; what breaks the connection's rules, or floods it, ends the connection.
+All that a turn of the event loop makes goes out in one write to each side. Each stream has a deadline of its own,
+and the connection's is the nearest of them.
+"""
+
+from __future__ import annotations
+
+import secrets
+from base64 import b64encode
+from collections.abc import Sequence
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from h2.errors import ErrorCodes
+from h2.events import (
+    DataReceived,
+    Event,
+    RemoteSettingsChanged,
+    RequestReceived,
+    StreamReset,
+    TrailersReceived,
+    WindowUpdated,
+)
+from h2.exceptions import ProtocolError
+from hpack import NeverIndexedHeaderTuple
+
+from handfast.errors import Failure, Reason, RemoteProtocolError
+from handfast.guard.door import Admission, Door, strip, strip_override
+from handfast.guard.events import refusal_body, told
+from handfast.guard.http2_frames import MAX_STREAMS, Flood, goaway, machine
+from handfast.guard.http2_streams import Line, Stream
+from handfast.guard.http2_upstream import AppConnection
+from handfast.guard.places import Speech
+from handfast.guard.upstream import Upstreams
+from handfast.tls.server import Channel
+from handfast.wire.http1 import MAX_HEAD, Header, RequestHead, rewrite_request
+from handfast.wire.http2 import request_fields, request_head, trailer_fields
+from handfast.wire.identity import fold
+
+if TYPE_CHECKING:
+    from handfast.guard.connection import Connection
+
+_KEPT = 8  # connections to HTTP/1.1 apps that wait for the next request
+_REST = 10.0  # seconds without a request after which the connections to apps are given back
+_MOST_KNOWN, _LONGEST_KNOWN = 16, 2048  # requests that are remembered, and bytes of their header lists
+_SECRET = frozenset({b"authorization", b"cookie", b"proxy-authorization"})  # RFC 7541 7.1.3: never in a table
+
+
+class _Known:
+    """A header list that came before, and what it became."""
+
+    __slots__ = ("fields", "head", "sent", "set_headers", "strips_overrides")
+
+    def __init__(self, head: RequestHead, set_headers: tuple[Header, ...], strips_overrides: bool) -> None:
+        self.head, self.set_headers, self.strips_overrides = head, set_headers, strips_overrides
+        self.fields: list[Header] = []  # for an app of HTTP/2
+        self.sent = b""  # for one of HTTP/1.1
+
+
+class Http2Session:
+    """A connection that may carry requests: it cannot be made without a Door."""
+
+    __slots__ = (
+        *("_apps", "_channel", "_closed", "_count", "_dirty", "_door", "_finishing", "_head_begun", "_kept", "_known"),
+        *("_rested", "_streams", "blocked", "connection", "frames", "hungry", "machine"),
+    )
+
+    def __init__(self, connection: Connection, door: Door, channel: Channel) -> None:
+        self.connection = connection
+        self.machine, self.frames = machine(client_side=False)
+        self.hungry: dict[int, Stream] = {}  # these have something for the client
+        self.blocked = False  # the way to the client is full
+        self._door = door
+        self._channel = channel
+        self._streams: dict[int, Stream] = {}
+        self._kept: list[Line] = []
+        self._apps: list[AppConnection] = []
+        self._dirty: list[Line | AppConnection] = []  # they have something to write
+        self._known: dict[tuple[object, ...], _Known] = {}
+        self._finishing = False  # no new requests
+        self._closed = False  # all is said
+        self._head_begun = False
+        self._rested = True  # no connection to an app waits
+        self._count = 0
+
+    def start(self) -> None:
+        """Say the first words, and read what came along with the last of the handshake."""
+        self.connection.set_deadline(self.connection.limits.idle)
+        self._read()
+
+    # The client's side.
+
+    def received(self, data: bytes) -> None:
+        """Records from the client."""
+        self._channel.feed(data)
+        self._read()
+
+    def ended(self) -> None:
+        """The client's TCP ended. Answers under way are finished; requests cut short are dropped."""
+        self._client_ended()
+
+    def writable(self, yes: bool) -> None:
+        """The way to the client is full, or free again."""
+        self.blocked = not yes
+        if yes:
+            self._pump()
+            self.flush()
+
+    def lost(self) -> None:
+        """The client is gone."""
+        self._closed = True
+        for stream in list(self._streams.values()):
+            stream.gone()
+        self._drop_apps()
+
+    def expired(self) -> None:
+        """The nearest deadline passed: of a stream, or of a connection without any."""
+        moment, connection = monotonic(), self.connection
+        if not self._streams:
+            if not self._rested and not self._head_begun:
+                self._rested = True
+                self._drop_apps()
+                connection.set_deadline(max(connection.limits.idle - _REST, 0))
+                return
+            if self._head_begun:
+                self._log_end(Failure(Reason.HTTP_TIMEOUT))
+            self._close()
+            return
+        for stream in list(self._streams.values()):
+            if moment >= stream.deadline:
+                stream.expired()
+        if self._streams:
+            connection.deadline = min(stream.deadline for stream in self._streams.values())
+        self.flush()
+
+    def finish(self) -> None:
+        """Answer what is under way, then close. The client may ask the rest elsewhere (RFC 9113 6.8)."""
+        if self._finishing:
+            return
+        self._finishing = True
+        if not self._streams:
+            self._close()
+            return
+        self.flush()
+        self._channel.write(goaway(self.machine.highest_inbound_stream_id))
+        self._send()
+
+    def still_allowed(self) -> bool:
+        """End what the site now in force does not allow: a call may last for days. The connection goes on."""
+        for stream in list(self._streams.values()):
+            head = stream.head
+            if stream.admission is not None and head is not None and not self._door.allows(head.method, head.path):
+                stream.fail(Failure(Reason.ENDED_POLICY))
+        self.flush()
+        return True
+
+    def _read(self) -> None:
+        """Act on what the client sent."""
+        channel, connection = self._channel, self.connection
+        while not self._closed:
+            plain = channel.read()
+            if not plain:
+                break
+            count = self.frames.count
+            try:
+                events = self.machine.receive_data(plain)
+            except ProtocolError as error:  # GOAWAY is made already, and says so
+                self._broken(error)
+                return
+            try:
+                for event in events:
+                    self._on(event)
+            except Flood as flood:
+                self.machine.close_connection(flood.error_code)
+                self._broken(flood)
+                return
+            if not self._streams and count == self.frames.count and not self._head_begun:
+                self._head_begun = True  # once: a byte now and then buys no more time
+                connection.set_deadline(connection.limits.head)
+            if not channel.more:
+                break
+        if self.frames.goaway is not None:
+            self._finishing = True
+            if not self._streams:
+                self._close()
+        self.flush()
+        if channel.at_eof:
+            self._client_ended()
+
+    def _on(self, event: Event) -> None:
+        match event:
+            case RequestReceived():
+                self._on_request(event)
+            case DataReceived():
+                stream, credit = self._streams.get(event.stream_id), event.flow_controlled_length
+                if stream is not None:
+                    stream.take(event.data, credit, event.stream_ended is not None)
+                elif credit:
+                    self.machine.acknowledge_received_data(credit, event.stream_id)
+            case WindowUpdated():
+                if not event.stream_id:
+                    self._pump()
+                elif (stream := self.hungry.pop(event.stream_id, None)) is not None:
+                    stream.pump()
+            case StreamReset():
+                if (stream := self._streams.get(event.stream_id)) is not None:
+                    stream.gone()
+            case TrailersReceived():
+                self._on_trailers(event)
+            case RemoteSettingsChanged():
+                self._pump()
+            case _:  # of these the library takes care: PING, PRIORITY, and ends that the others tell of too
+                pass
+
+    def _on_request(self, event: RequestReceived) -> None:
+        self._head_begun = False
+        if self._finishing or len(self._streams) >= MAX_STREAMS:
+            self.reset(event.stream_id, ErrorCodes.REFUSED_STREAM)
+            self.frames.spend_reset()
+            return
+        self._count += 1
+        asked = event.stream_ended is not None
+        try:
+            known = self._parse(event.headers, asked)
+        except RemoteProtocolError as error:
+            self._refuse(event.stream_id, None, error.failure, asked=asked)
+            self.frames.spend_reset()
+            return
+        head = known.head
+        judged = self._door.judge(head.method, head.path, head.host)
+        limit = self.connection.limits.max_body
+        if isinstance(judged, Failure):
+            self._refuse(event.stream_id, head, judged, asked=asked)
+        elif limit is not None and head.length > limit:
+            self._refuse(event.stream_id, head, Failure(Reason.HTTP_BODY_TOO_LARGE, {"limit": limit}), asked=asked)
+        elif head.upgrade and judged.route.upstreams.target.speech is Speech.HTTP2:
+            self._refuse(event.stream_id, head, Failure(Reason.HTTP_METHOD, {"method": "CONNECT"}), asked=asked)
+        else:
+            self._forward(event, known, judged)
+
+    def _on_trailers(self, event: TrailersReceived) -> None:
+        stream = self._streams.get(event.stream_id)
+        if stream is None:
+            return
+        ours = {fold(name) for name, _ in self._door.headers()}
+        try:
+            fields = trailer_fields(event.headers, lambda name: fold(name) in ours or strip_override(name))
+            stream.take_trailers(fields)
+        except RemoteProtocolError as error:
+            self.frames.spend_reset()
+            stream.cut(error.failure, ErrorCodes.PROTOCOL_ERROR)
+
+    def _parse(self, headers: Sequence[Header], asked: bool) -> _Known:
+        """Read a header list; one that came before is known."""
+        key = (*headers, asked, *map(type, headers))
+        known = self._known.get(key)
+        set_headers, strips = self._door.headers(), self._door.strips_overrides
+        if known is not None and known.set_headers is set_headers and known.strips_overrides is strips:
+            return known
+        head = request_head(headers, asked)
+        known = _Known(head, set_headers, strips)
+        if sum(len(name) + len(value) for name, value in headers) <= _LONGEST_KNOWN:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[key] = known
+        return known
+
+    # Towards the apps.
+
+    def _forward(self, event: RequestReceived, known: _Known, admission: Admission) -> None:
+        self._rested = False
+        asked, upstreams = event.stream_ended is not None, admission.route.upstreams
+        stream = Stream(self, event.stream_id, self._count, known.head, asked=asked)
+        stream.admission = admission
+        self._streams[event.stream_id] = stream
+        stream.wait()
+        taken_out = strip_override if known.strips_overrides else strip
+        if upstreams.target.speech is Speech.HTTP2:
+            if not known.fields:
+                fields = request_fields(event.headers, known.head, known.set_headers, taken_out)
+                known.fields = [NeverIndexedHeaderTuple(*field) if field[0] in _SECRET else field for field in fields]
+            self._app(upstreams).call(stream, known.fields)
+            return
+        key = b64encode(secrets.token_bytes(16)) if known.head.upgrade else b""
+        if key:
+            ours = (*known.set_headers, (b"Sec-WebSocket-Key", key))
+            sent = rewrite_request(known.head, ours, taken_out)
+        else:
+            sent = known.sent = known.sent or rewrite_request(known.head, known.set_headers, taken_out)
+        self._line(upstreams).carry(stream, sent, key)
+
+    def _line(self, upstreams: Upstreams) -> Line:
+        """Return a connection that is free, or a new one."""
+        for at in reversed(range(len(self._kept))):
+            if self._kept[at].upstreams is upstreams:
+                line = self._kept.pop(at)
+                if line.usable:
+                    return line
+                line.drop()
+        return Line(self, upstreams)
+
+    def _app(self, upstreams: Upstreams) -> AppConnection:
+        for app in self._apps:
+            if app.upstreams is upstreams and not app.retired:
+                return app
+        self._apps.append(AppConnection(self, upstreams))
+        return self._apps[-1]
+
+    def keep(self, line: Line) -> None:
+        """Keep a connection for the next request."""
+        self._kept.append(line)
+        if len(self._kept) > _KEPT:
+            self._kept.pop(0).drop()
+
+    def discard(self, line: Line) -> None:
+        """A connection that was kept is of no more use."""
+        if line in self._kept:
+            self._kept.remove(line)
+        line.drop()
+
+    def leave(self, app: AppConnection) -> None:
+        """A connection to an app is gone."""
+        if app in self._apps:
+            self._apps.remove(app)
+
+    def dirty(self, carrier: Line | AppConnection) -> None:
+        """Have it write at the end of this turn."""
+        self._dirty.append(carrier)
+
+    def _drop_apps(self) -> None:
+        for line in self._kept:
+            line.drop()
+        for app in self._apps:
+            app.drop()
+        self._kept.clear()
+        self._apps.clear()
+
+    # Towards the client.
+
+    def sendable(self, identifier: int) -> bool:
+        """Whether the client still hears of this stream."""
+        stream = self.machine.streams.get(identifier)
+        return stream is not None and not stream.closed
+
+    def reset(self, identifier: int, code: int) -> None:
+        """End a stream visibly."""
+        if self.sendable(identifier):
+            self.machine.reset_stream(identifier, code)
+
+    def watch(self, deadline: float) -> None:
+        """Have `expired` called at this deadline, if not before."""
+        if deadline < self.connection.deadline:
+            self.connection.deadline = deadline
+
+    def forget(self, stream: Stream) -> None:
+        """A stream is over."""
+        self.hungry.pop(stream.id, None)
+        self._streams.pop(stream.id, None)
+        if self._streams or self._closed:
+            return
+        if self._finishing:
+            self._close()
+        else:
+            self.connection.set_deadline(min(_REST, self.connection.limits.idle))
+
+    def flush(self) -> None:
+        """Write what this turn made, to each side at once."""
+        while self._dirty:
+            dirty, self._dirty = self._dirty, []
+            for carrier in dirty:
+                carrier.flush()
+        if data := self.machine.data_to_send():
+            self._channel.write(data)
+        self._send()
+
+    def _send(self) -> None:
+        if records := self._channel.take():
+            self.connection.send(records)
+
+    def _pump(self) -> None:
+        """Give each stream that has something its turn; those that are not done come last the next time."""
+        hungry, self.hungry = self.hungry, {}
+        for identifier, stream in hungry.items():
+            if identifier in self._streams:
+                stream.pump()
+
+    def _refuse(self, identifier: int, head: RequestHead | None, failure: Failure, *, asked: bool) -> None:
+        stream = Stream(self, identifier, self._count, head, asked=asked)
+        self._streams[identifier] = stream
+        stream.refuse(failure)
+
+    # Ends.
+
+    def _broken(self, error: ProtocolError) -> None:
+        """The client broke the rules of the connection, or floods it."""
+        if isinstance(error, Flood):
+            failure = Failure(Reason.HTTP_H2_FLOOD, {"what": error.what})
+        else:
+            failure = Failure(Reason.HTTP_H2, {"detail": f"{error}"[:200] or type(error).__name__})
+        self._log_end(failure)
+        self._end()
+
+    def _log_end(self, failure: Failure) -> None:
+        self.connection.event("ended", {"decision": "deny"} | told(failure))
+
+    def _close(self) -> None:
+        """Say that nothing more comes."""
+        if not self._closed:
+            self.machine.close_connection(ErrorCodes.NO_ERROR)
+            self._end()
+
+    def _end(self) -> None:
+        self._closed = True
+        for stream in list(self._streams.values()):
+            stream.gone()
+        self._drop_apps()
+        if self.connection.transport.is_closing():
+            return
+        self.flush()
+        self._channel.close()
+        self._send()
+        self.connection.linger()
+
+    def _client_ended(self) -> None:
+        self._finishing = True
+        if not self._streams:
+            self._close()
+        elif not all(stream.asked for stream in self._streams.values()):
+            self.connection.abort()
+
+
+class Http2Refusing:
+    """As `entry.Refusing`, of a client that speaks HTTP/2: it may begin one stream, and is told why it is refused."""
+
+    __slots__ = ("_channel", "_connection", "_left", "_machine", "_reason")
+
+    def __init__(self, connection: Connection, channel: Channel, reason: Reason) -> None:
+        self._connection = connection
+        self._channel = channel
+        self._reason = reason
+        self._machine, _ = machine(client_side=False)
+        self._left = 2 * MAX_HEAD  # bytes that it may send until the head of its request is there
+
+    def received(self, data: bytes) -> None:
+        """Read until the head of the request is there; then answer. No byte of it goes anywhere."""
+        self._channel.feed(data)
+        self.read()
+
+    def read(self) -> None:
+        """See `received`."""
+        while plain := self._channel.read():
+            self._left -= len(plain)
+            try:
+                events = self._machine.receive_data(plain)
+            except ProtocolError:
+                self._close()
+                return
+            for event in events:
+                if isinstance(event, RequestReceived):
+                    self._answer(event)
+                    return
+        if self._channel.at_eof or self._left < 0:
+            self._close()
+            return
+        self._send()
+
+    def ended(self) -> None:
+        """It did not ask anything."""
+        self._connection.linger()
+
+    def writable(self, yes: bool) -> None:
+        """The one answer always fits."""
+
+    def lost(self) -> None:
+        """Nothing to tidy."""
+
+    def expired(self) -> None:
+        """It asked nothing in time."""
+        self._close()
+
+    def _answer(self, event: RequestReceived) -> None:
+        body, made, identifier = refusal_body(self._reason, self._connection.id), self._machine, event.stream_id
+        if not made.streams[identifier].closed:  # else it was reset in the same breath
+            bodiless = (b":method", b"HEAD") in event.headers or made.local_flow_control_window(identifier) < len(body)
+            fields = [(b":status", b"%d" % (self._reason.http or 403)), (b"content-type", b"application/json")]
+            made.send_headers(identifier, fields, end_stream=bodiless)
+            if not bodiless:
+                made.send_data(identifier, body, end_stream=True)
+        self._close()
+
+    def _close(self) -> None:
+        self._machine.close_connection(ErrorCodes.NO_ERROR)
+        self._send()
+        self._channel.close()
+        self._connection.transport.write(self._channel.take())
+        self._connection.linger()
+
+    def _send(self) -> None:
+        if data := self._machine.data_to_send():
+            self._channel.write(data)
+        if records := self._channel.take():
+            self._connection.transport.write(records)

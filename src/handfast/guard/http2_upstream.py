@@ -1,0 +1,330 @@
+"""The way to an HTTP/2 app (gRPC): one connection for each client connection and group of backends.
+
+Each `Call` is one stream on it, for one stream of the client. Flow control goes from end to end: what one side does
+not take, the other may not send. Trailers, resets and GOAWAY go through in both directions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING
+
+from h2.errors import ErrorCodes
+from h2.events import (
+    DataReceived,
+    Event,
+    InformationalResponseReceived,
+    RemoteSettingsChanged,
+    ResponseReceived,
+    StreamReset,
+    TrailersReceived,
+    WindowUpdated,
+)
+from h2.exceptions import ProtocolError
+from hyperframe.frame import GoAwayFrame
+
+from handfast.errors import Failure, Reason, RemoteProtocolError
+from handfast.guard.http2_frames import Outflow, machine
+from handfast.guard.upstream import SecureUpstream, Upstream, Upstreams
+from handfast.wire.http1 import Header
+from handfast.wire.http2 import app_answer, trailer_fields
+
+if TYPE_CHECKING:
+    from handfast.guard.http2 import Http2Session
+    from handfast.guard.http2_streams import Stream
+
+# Resets that mean to the client what they mean to us; any other is a fault behind us.
+_PASSED_ON = frozenset({ErrorCodes.CANCEL, ErrorCodes.REFUSED_STREAM, ErrorCodes.ENHANCE_YOUR_CALM})
+
+
+class Call:
+    """One request on its way to the app, and back. See Carrier."""
+
+    __slots__ = ("_app", "answered", "fields", "out", "stream", "unpaid")
+
+    def __init__(self, app: AppConnection, stream: Stream, fields: list[Header]) -> None:
+        self._app = app
+        self.fields = fields
+        self.stream: Stream | None = stream  # None: nobody waits for it any more
+        self.out = Outflow(app.machine, app.frames)
+        self.out.last = stream.asked
+        self.answered = False  # the app has said all
+        self.unpaid = 0  # bytes of the answer that the app may not send again before the client took them
+
+    def body(self, data: bytes, credit: int, last: bool) -> None:
+        """See Carrier."""
+        self.out.push(data, credit, last)
+        self.pump()
+
+    def trailers(self, fields: list[Header]) -> None:
+        """See Carrier."""
+        self.out.trailers, self.out.last = fields, True
+        self.pump()
+
+    def sent(self, credit: int) -> None:
+        """See Carrier."""
+        self.unpaid -= credit
+        self._app.pay(self, credit)
+
+    def cut(self, code: int) -> None:
+        """See Carrier."""
+        self.stream = None
+        self.out.drop()
+        self._app.leave(self, code)
+
+    def pump(self) -> None:
+        """Send what the app takes."""
+        if not self._app.full and self.stream is not None:
+            self.stream.taken(self.out.pump())
+            self._app.touch()
+
+
+class AppConnection:
+    """See the module's docstring. It belongs to one client connection alone."""
+
+    def __init__(self, session: Http2Session, upstreams: Upstreams) -> None:
+        self.upstreams = upstreams
+        self.retired = False  # takes no more calls
+        self.full = False  # the way to the app is
+        self.machine, self.frames = machine(client_side=True)
+        self._session = session
+        self._upstream: Upstream | SecureUpstream | None = None
+        self._calls: dict[int, Call] = {}
+        self._waiting: deque[Call] = deque()  # until it is open, or has room for one more
+        self._gathered = False  # something may wait to be written
+        self._dialling: asyncio.Task[None] | None = upstreams.dial(self, session.connection.preface(upstreams))
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not self._calls and not self._waiting
+
+    def call(self, stream: Stream, fields: list[Header]) -> None:
+        """Take a request to the app."""
+        call = Call(self, stream, fields)
+        stream.carrier = call
+        self._waiting.append(call)
+        self._begin()
+
+    def touch(self) -> None:
+        """Have what was gathered written at the end of the turn."""
+        if not self._gathered:
+            self._gathered = True
+            self._session.dirty(self)
+
+    def flush(self) -> None:
+        """Write what was gathered."""
+        self._gathered = False
+        if self._upstream is not None and self._upstream.usable and (data := self.machine.data_to_send()):
+            self._upstream.write(data)
+
+    def pay(self, call: Call, credit: int) -> None:
+        """The client took so much of an answer: the app may send as much more."""
+        if credit:
+            self.machine.acknowledge_received_data(credit, call.out.id)
+            self.touch()
+
+    def leave(self, call: Call, code: int) -> None:
+        """Nobody waits for this call any more."""
+        unpaid, call.unpaid = call.unpaid, 0
+        self.pay(call, unpaid)
+        if not call.out.id:
+            if call in self._waiting:
+                self._waiting.remove(call)
+            return
+        self._reset(call.out.id, code)
+        self._calls.pop(call.out.id, None)
+        self._leave_if_retired()
+        self._begin()
+
+    def drop(self) -> None:
+        """Close it; what is under way on it is somebody else's worry."""
+        self.retired = True
+        if self._dialling is not None:
+            self._dialling.cancel()
+            self._dialling = None
+        if self._upstream is not None:
+            self._upstream.drop()
+            self._upstream = None
+
+    # Owner.
+
+    def upstream_open(self, upstream: Upstream | SecureUpstream) -> None:
+        """See Owner."""
+        self._dialling = None
+        self._upstream = upstream
+        self.touch()
+        self._begin()
+        self._session.flush()
+
+    def upstream_failed(self, failure: Failure) -> None:
+        """See Owner."""
+        self._dialling = None
+        self._lost(failure)
+
+    def upstream_data(self, data: bytes) -> None:
+        """See Owner."""
+        try:
+            events = self.machine.receive_data(data)
+        except ProtocolError as error:
+            self.flush()  # it holds what tells the app why
+            detail = f"it does not keep to HTTP/2: {error}"[:200]
+            self._lost(Failure(Reason.UPSTREAM_BAD_RESPONSE, {"target": str(self.upstreams), "detail": detail}))
+            return
+        for event in events:
+            self._on(event)
+        if (frame := self.frames.goaway) is not None:
+            self.frames.goaway = None
+            self._retire(frame)
+        self.touch()
+        self._session.flush()
+
+    def upstream_ended(self) -> None:
+        """See Owner."""
+        self._lost(None)
+
+    def upstream_lost(self, reset: bool) -> None:
+        """See Owner."""
+        self._lost(None)
+
+    def upstream_bug(self, bug: Exception) -> None:
+        """See Owner."""
+        self._session.connection.bug(bug)
+
+    def upstream_writable(self, yes: bool) -> None:
+        """See Owner."""
+        self.full = not yes
+        if yes:
+            self._pump_all()
+            self._session.flush()
+
+    def _begin(self) -> None:
+        """Begin the calls that have room."""
+        while self._waiting and self._upstream is not None and not self.retired:
+            if len(self._calls) >= self.machine.remote_settings.max_concurrent_streams:
+                return
+            call = self._waiting.popleft()
+            out, made = call.out, self.machine
+            out.id = made.get_next_available_stream_id()
+            out.done = out.last and out.empty
+            made.send_headers(out.id, call.fields, end_stream=out.done)
+            self._calls[out.id] = call
+            self.touch()
+            if not out.done:
+                call.pump()
+
+    def _on(self, event: Event) -> None:
+        match event:
+            case DataReceived():
+                self._on_data(event)
+            case ResponseReceived() | InformationalResponseReceived() | TrailersReceived():
+                self._on_headers(event)
+            case StreamReset():
+                self._on_reset(event)
+            case WindowUpdated():
+                call = self._calls.get(event.stream_id)
+                if call is not None:
+                    call.pump()
+                elif not event.stream_id:
+                    self._pump_all()
+            case RemoteSettingsChanged():
+                self._pump_all()
+                self._begin()
+            case _:  # of these the library takes care: PING, and ends that the others tell of too
+                pass
+
+    def _on_data(self, event: DataReceived) -> None:
+        call, credit = self._calls.get(event.stream_id), event.flow_controlled_length
+        if call is None or call.stream is None:
+            if credit:
+                self.machine.acknowledge_received_data(credit, event.stream_id)
+            return
+        call.unpaid += credit
+        call.answered = event.stream_ended is not None
+        call.stream.data(event.data, credit, call.answered)
+
+    def _on_headers(self, event: ResponseReceived | InformationalResponseReceived | TrailersReceived) -> None:
+        call = self._calls.get(event.stream_id)
+        if call is None or call.stream is None:
+            return
+        stream = call.stream
+        try:
+            if isinstance(event, TrailersReceived):
+                trailers = trailer_fields(event.headers)
+                call.answered = True
+                stream.finish(trailers)
+                return
+            status, fields = app_answer(event.headers)
+            if status == 101 or (status < 200) is not isinstance(event, InformationalResponseReceived):
+                raise RemoteProtocolError(Reason.UPSTREAM_BAD_RESPONSE, target="", detail="a status out of place")
+        except RemoteProtocolError as error:
+            detail = error.facts.get("detail", error.failure.message)
+            stream.fail(Failure(Reason.UPSTREAM_BAD_RESPONSE, {"target": str(self.upstreams), "detail": detail}))
+            return
+        if isinstance(event, InformationalResponseReceived):
+            assert stream.head is not None
+            if status != 100 or stream.head.expect_continue:
+                stream.informed(status, fields)
+            return
+        call.answered = event.stream_ended is not None
+        stream.answered(status, fields, last=call.answered)
+
+    def _on_reset(self, event: StreamReset) -> None:
+        call = self._calls.pop(event.stream_id, None)
+        if call is None or call.stream is None:
+            return
+        if call.answered:  # the app wants no more of the request, and has said all; what it said still goes out
+            call.stream.taken(call.out.drop())
+            return
+        code = event.error_code if isinstance(event.error_code, ErrorCodes) else ErrorCodes.INTERNAL_ERROR
+        detail = f"it reset the request ({code.name})"
+        failure = Failure(Reason.UPSTREAM_BAD_RESPONSE, {"target": str(self.upstreams), "detail": detail})
+        call.stream.cut(failure, code if code in _PASSED_ON else ErrorCodes.INTERNAL_ERROR)
+
+    def _retire(self, frame: GoAwayFrame) -> None:
+        """The app takes no more on this connection (RFC 9113 6.8): what it did not look at may be asked again."""
+        self.retired = True
+        refused = [call for identifier, call in self._calls.items() if identifier > frame.last_stream_id]
+        for call in [*refused, *self._waiting]:
+            if call.stream is not None:
+                detail = "it closes the connection and did not take the request"
+                failure = Failure(Reason.UPSTREAM_DOWN, {"target": str(self.upstreams), "detail": detail})
+                call.stream.cut(failure, ErrorCodes.REFUSED_STREAM)
+        self._leave_if_retired()
+
+    def _lost(self, failure: Failure | None) -> None:
+        """The connection is gone, or never was."""
+        self.drop()
+        self._session.leave(self)
+        calls = [*self._calls.values(), *self._waiting]
+        self._calls.clear()
+        self._waiting.clear()
+        for call in calls:
+            if call.stream is None or call.answered:
+                continue
+            told = failure
+            if told is None and not call.stream.status:
+                facts = {"target": str(self.upstreams), "detail": "it closed without an answer"}
+                told = Failure(Reason.UPSTREAM_DOWN, facts)
+            elif told is None:
+                told = Failure(Reason.UPSTREAM_BAD_RESPONSE, {"detail": "it closed in the midst of its answer"})
+            call.stream.fail(told)
+        self._session.flush()
+
+    def _leave_if_retired(self) -> None:
+        if self.retired and self.idle and self._upstream is not None:
+            self.flush()
+            self._upstream.close()
+            self._upstream = None
+            self._session.leave(self)
+
+    def _pump_all(self) -> None:
+        for call in list(self._calls.values()):
+            call.pump()
+
+    def _reset(self, identifier: int, code: int) -> None:
+        stream = self.machine.streams.get(identifier)
+        if stream is not None and not stream.closed:
+            self.machine.reset_stream(identifier, code or ErrorCodes.CANCEL)
+            self.touch()
