@@ -311,7 +311,7 @@ def lax_twin(leaf: Leaf, folder: Path, *, session_ids: bool = False) -> Iterator
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        yield "127.0.0.1:%d" % listener.getsockname()[1]
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
         listener.shutdown(socket.SHUT_RDWR)
         thread.join(WAIT)
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from handfast.audit.clienthello import Hello
 from handfast.errors import Failure, HandfastError
 from handfast.guard.assembly import Assembly
 from handfast.guard.config import load_config
@@ -107,8 +108,8 @@ BUNDLES: dict[str, tuple[Callable[[Path, Ca], object], str]] = {
 
 def _expired() -> Leaf:
     now = datetime.now(UTC)
-    past = {"not_before": now - timedelta(days=2), "not_after": now - timedelta(days=1)}
-    return make(Spec(cn="Old", eku=None, ca=True, **past), None)
+    begin, end = now - timedelta(days=2), now - timedelta(days=1)
+    return make(Spec(cn="Old", eku=None, ca=True, not_before=begin, not_after=end), None)
 
 
 @pytest.mark.parametrize("case", BUNDLES)
@@ -294,10 +295,8 @@ def test_c6_what_a_refused_client_says_goes_nowhere(attacker: Attacker, ca: Ca) 
 
 
 def test_c7_plaintext_before_the_handshake_is_never_served(ca: Ca) -> None:
-    """C7: 2,000 clients that send a request in the clear, or a hello and a request, and end at once by FIN or RST, bring
-    not a byte to the app, nor is it dialled (CVE-2023-40217)."""
-    from handfast.audit.clienthello import Hello
-
+    """C7: 2,000 clients that send a request in the clear, or a hello and a request, and end at once by FIN or RST,
+    bring not a byte to the app, nor is it dialled (CVE-2023-40217)."""
     hello = Hello("localhost").records()
     openings = (KEPT, hello + KEPT, hello[:50] + KEPT, b"\x17\x03\x03" + len(KEPT).to_bytes(2, "big") + KEPT)
     reset = struct.pack("ii", 1, 0)
@@ -418,7 +417,7 @@ def test_c10_what_an_app_says_before_its_handshake_is_no_answer(attacker: Attack
     with socket.create_server(("127.0.0.1", 0)) as listener, Running(ca, "127.0.0.1:1") as guard:
         thread = threading.Thread(target=serve, args=(listener,))
         thread.start()
-        target = parse_target("https://127.0.0.1:%d" % listener.getsockname()[1])
+        target = parse_target(f"https://127.0.0.1:{listener.getsockname()[1]}")
         terms = Terms(TrustBundle((ca.certificate,)), Purpose.SERVER, parse_name("localhost"))
         context = ClientContext(None, terms, ClientSettings("localhost"))
         group = Upstreams(

@@ -57,8 +57,8 @@ def _case(name: str, joint: str) -> str:
 @pytest.mark.parametrize("anonymous", [False, True])
 @pytest.mark.parametrize("joint", ["-", "_", ".", "", "~", "--", "-_"])
 def test_e1_e2_e3_no_spelling_of_an_identity_passes(attacker: Attacker, ca: Ca, joint: str, anonymous: bool) -> None:
-    """E1, E2, E3: no header that an app may read as who the caller is gets through, with any joint between its words, in
-    any case, with a certificate and without one."""
+    """E1, E2, E3: no header that an app may read as who the caller is gets through, with any joint between its words,
+    in any case, with a certificate and without one."""
     spoofed = [f"{_case(name, joint)}: spoofed" for name in SPOOFED]
     spoofed += [f"{_case(name, joint).upper()}: spoofed" for name in SPOOFED[:10]]
     with App(echo_head) as app, Running(ca, app.address) as guard:
@@ -207,7 +207,7 @@ TEMPLATES = [
 
 @pytest.mark.parametrize("text", INJECTIONS + TEMPLATES)
 def test_e7_e8_a_name_stays_a_value(attacker: Attacker, ca: Ca, text: str) -> None:
-    """E7, E8: quotes, semicolons, commas, backslashes and placeholders in a common name, or in a header of the client's,
+    """E7, E8: quotes, semicolons, commas, backslashes and placeholders in a common name, or in a client's header,
     neither end a value nor stand for anything: each style has one URI, ours, and no field or line is added."""
     with App(echo_head) as app, Running(ca, app.address) as guard:
         serve_sites(guard, Vhost(app, nameless=True, identify=_styled(*STYLES)))

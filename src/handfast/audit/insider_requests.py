@@ -29,6 +29,7 @@ from handfast.audit.model import (
 )
 from handfast.audit.oracle import REFUSALS, Reach, Reply, reach, worst
 from handfast.audit.runner import Audit
+from handfast.tls.probe import ProbeRefused
 
 NOBODY = "audit.invalid"  # no server has this name (RFC 6761 6.4)
 MARK = "audit-spoofed"
@@ -150,7 +151,12 @@ def h2_asked(inside: Inside, requests: list[tuple[list[tuple[bytes, bytes]], byt
     """The good client's requests over one HTTP/2 connection; None where the server does not speak it."""
     audit = inside.audit
     with audit.connect() as wire:
-        return http2.ask(wire, audit.offer(inside.client, tls12=versions(audit)[0], alpn=("h2",)), requests)
+        try:
+            return http2.ask(wire, audit.offer(inside.client, tls12=versions(audit)[0], alpn=("h2",)), requests)
+        except ProbeRefused as refused:
+            if refused.alert == "no_application_protocol":
+                return None
+            raise
 
 
 # The identity.

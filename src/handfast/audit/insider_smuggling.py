@@ -89,17 +89,18 @@ def _two_lengths(field: _Field) -> Iterator[_Message]:
     lengths = ("Content-Length: 0", f"Content-Length: {len(smuggled)}")
     yield _message(field, "two Content-Lengths, 0 first", lengths, smuggled)
     yield _message(field, "two Content-Lengths, 0 last", lengths[::-1], smuggled)
+    size = len(smuggled)
     for value in (
-        f"0, {len(smuggled)}",
-        f"{len(smuggled)}, 0",
-        f"+{len(smuggled)}",
+        f"0, {size}",
+        f"{size}, 0",
+        f"+{size}",
         "-0",
-        f"0x{len(smuggled):x}",
+        f"0x{size:x}",
         "0 0",
     ):
         yield _message(field, f"Content-Length: {value}", (f"Content-Length: {value}",), smuggled)
-    yield _message(field, "Content-Length behind a bare LF", (f"X-A: b\nContent-Length: {len(smuggled)}",), smuggled)
-    space = (f"Content-Length : {len(smuggled)}",)
+    yield _message(field, "Content-Length behind a bare LF", (f"X-A: b\nContent-Length: {size}",), smuggled, False)
+    space = (f"Content-Length : {size}",)
     yield _message(field, "a space before the colon of Content-Length", space, smuggled)
 
 
@@ -150,7 +151,7 @@ def _message(field: _Field, said: str, lines: tuple[str, ...], body: bytes, once
 
 
 def _all(inside: Inside, messages: Callable[[_Field], Iterator[_Message]]) -> Outcome:
-    """Send each message, and ask as an innocent after each; the first shift ends it, for what follows is shifted too."""
+    """Send each message, and ask as an innocent after each. The first shift ends it: what follows is shifted too."""
     if not inside.http:
         return not_applicable(NO_HTTP)
     field = _field(inside)

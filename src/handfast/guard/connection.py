@@ -150,6 +150,8 @@ class Connection(asyncio.Protocol):
         name = transport.get_extra_info("peername")
         self.address = join_address(name[0], name[1]) if isinstance(name, tuple) else ""
         self.guard.connections.add(self)
+        plug = transport.get_extra_info("socket")
+        self.guard.crowded(-1 if plug is None else plug.fileno())
         self.guard.metrics.connection_opened(self.listener.name)
         self.set_deadline(self.limits.handshake)
         if self.guard.draining:

@@ -10,12 +10,14 @@ import fcntl
 import json
 import os
 import queue
+import select
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from time import gmtime, strftime, time
+from select import PIPE_BUF
+from time import gmtime, monotonic, sleep, strftime, time
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import msgspec
@@ -25,6 +27,7 @@ from handfast.errors import Failure, Reason
 if TYPE_CHECKING:
     from handfast.guard.door import Admission
 
+_SOON = 0.3  # seconds that a process which must not wait waits for the log
 MAX_TEXT = 512  # characters of a detail
 MAX_PENDING = 16 << 20  # bytes that may wait for a slow reader of the log before it counts as broken
 
@@ -116,15 +119,20 @@ class EventLog:
 
     @staticmethod
     def write_one(stream: BinaryIO, event: str, fields: dict[str, Any], *, pretty: bool, lock: int) -> None:
-        """Write one event at once, for a process that may have no thread. Raises OSError."""
-        line = (_pretty if pretty else _json)(event, datetime.now(UTC), fields)
+        """Write one event at once, for a process that may have no thread and must not wait for a reader.
+
+        Raises OSError, and then nothing was written; BlockingIOError where it would have to wait for long.
+        """
+        line = (_pretty if pretty else _json)(event, datetime.now(UTC), fields)[:PIPE_BUF]
         own = os.open(f"/proc/self/fd/{lock}", os.O_RDWR | os.O_CLOEXEC)
         try:
-            with _held(own):
-                stream.write(line)
-                stream.flush()
+            _hold_soon(own)
+            # pipe(7): what is ready for writing takes PIPE_BUF bytes, whole and at once. Of a file, all is.
+            if not select.select((), (stream,), (), _SOON)[1]:
+                raise BlockingIOError
+            os.write(stream.fileno(), line)
         finally:
-            os.close(own)
+            os.close(own)  # ends the lock too
 
     def _write_all(self) -> None:
         while (batch := self._batches.get()) is not None:
@@ -136,6 +144,19 @@ class EventLog:
             except (OSError, ValueError):
                 self.broken = True
             self._written += len(batch)
+
+
+def _hold_soon(lock: int) -> None:
+    """Take a lock among processes; raises BlockingIOError where another keeps it for long."""
+    deadline = monotonic() + _SOON
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if monotonic() > deadline:
+                raise
+        sleep(0.01)
 
 
 @contextmanager

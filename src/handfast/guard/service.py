@@ -26,6 +26,7 @@ from handfast.guard.routes import Snapshot
 TICK = 0.5  # seconds; a trust that ended is acted on within two of them
 FLUSH = 0.1  # seconds that an event may wait for its line in the log
 BACKLOG = 4096
+_SPARE = (16, 128)  # descriptors, least and most, kept for apps, files and the log when clients take the rest
 
 
 @dataclass(slots=True)
@@ -44,7 +45,11 @@ class Guard:
     draining: bool = False
     drain_until: float = 0.0  # on the clock of `monotonic`
     loaded: float = field(default_factory=time)  # when the snapshot in force came, seconds since 1970
+    _plugs: list[tuple[Callable[[], Connection], socket.socket]] = field(default_factory=list)
     _servers: list[asyncio.Server] = field(default_factory=list)
+    _ceiling: float = field(default_factory=lambda: _ceiling())
+    _resuming: asyncio.Task[None] | None = None
+    _full: bool = False  # no descriptor is left for another client: who connects waits in the kernel's queue
     _ticker: asyncio.TimerHandle | None = None
     _flusher: asyncio.TimerHandle | None = None
     _reload_failure: str = ""
@@ -61,23 +66,63 @@ class Guard:
         address = join_address(*name[:2]) if isinstance(name, tuple) else f"unix:{name}"
         make: Callable[[], Connection] = partial(Connection, self, listener)
         try:
-            if plug.family == socket.AF_UNIX:
-                server = await loop.create_unix_server(make, sock=plug, backlog=BACKLOG)
-            else:
-                server = await loop.create_server(make, sock=plug, backlog=BACKLOG)
+            await self._accept(make, plug)
         except OSError as error:
             raise _cannot_listen(address, error) from None
-        self._servers.append(server)
+        self._plugs.append((make, plug))
         if self._ticker is None:
             self._ticker = loop.call_later(TICK, self._tick)
             self._flusher = loop.call_later(FLUSH, self._flush)
         return address
 
+    def crowded(self, descriptor: int) -> None:
+        """Told of each client's descriptor: the kernel gives the lowest that is free, so a high one says it all.
+
+        Accepting pauses then, before accept(2) fails: libuv would close those that wait, or ask without a pause.
+        """
+        if descriptor >= self._ceiling and not self._full and not self.draining:
+            self._full = True
+            self._close_servers()
+            self.log.emit("accepting", self.now, {"paused": True})
+
+    async def _accept(self, make: Callable[[], Connection], plug: socket.socket) -> None:
+        """Accept from a socket, by a copy of it: it outlives a pause."""
+        loop, copy = asyncio.get_running_loop(), plug.dup()
+        try:
+            if plug.family == socket.AF_UNIX:
+                server = await loop.create_unix_server(make, sock=copy, backlog=BACKLOG)
+            else:
+                server = await loop.create_server(make, sock=copy, backlog=BACKLOG)
+        except OSError:
+            copy.close()
+            raise
+        self._servers.append(server)
+
+    async def _resume(self) -> None:
+        """Accept again, once there is room for some."""
+        try:
+            with self._plugs[0][1].dup() as lowest:
+                if lowest.fileno() >= self._ceiling - _SPARE[0] // 2 or self.draining:
+                    return
+            for make, plug in self._plugs:
+                await self._accept(make, plug)
+        except OSError:
+            self._close_servers()
+            return
+        self._full = False
+        self.log.emit("accepting", self.now, {"paused": False})
+
+    def _close_servers(self) -> None:
+        for server in self._servers:
+            server.close()
+        self._servers.clear()
+
     async def stop(self) -> None:
         """Take no more connections, let open requests finish within the drain limit, then end the rest."""
         self.draining = True
-        for server in self._servers:
-            server.close()
+        self._close_servers()
+        for _, plug in self._plugs:
+            plug.close()
         self.drain_until = monotonic() + self.drain
         for connection in list(self.connections):
             connection.drain()
@@ -106,6 +151,8 @@ class Guard:
         loop = asyncio.get_running_loop()
         self._ticker = loop.call_later(TICK, self._tick)
         self._refresh()
+        if self._full and not self.draining:
+            self._resuming = loop.create_task(self._resume())  # held: the loop itself holds it weakly
         moment, now = monotonic(), self.now
         for connection in list(self.connections):
             connection.tick(moment, now)
@@ -136,6 +183,17 @@ class Guard:
                 failure = Failure(Reason.BUG, {"detail": repr(bug)[:200]})
                 self.log.emit("reload", self.now, {"outcome": "kept"} | told(failure))
                 self.metrics.reload("kept", failure.reason.code)
+
+
+def _ceiling() -> float:
+    """The descriptor from which on a client's is one of the last."""
+    try:
+        import resource
+    except ImportError:  # not POSIX
+        return float("inf")
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    least, most = _SPARE
+    return limit - max(least, min(most, limit // 8))
 
 
 def raise_descriptor_limit() -> None:

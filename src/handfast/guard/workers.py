@@ -38,7 +38,7 @@ from handfast.guard.sandbox import end_with_parent, thread_count
 from handfast.guard.systemd import notify, watchdog_interval
 
 FIRST_DELAY, LONGEST_DELAY = 0.1, 30.0  # seconds before a restart, doubled each time
-LONG_LIFE = 60.0  # seconds after which a worker's deaths are forgotten
+LONG_LIFE = 2.0  # seconds of serving after which a worker's deaths are forgotten: it can start
 BACKLOG = 4096
 
 _RELOAD = 10.0  # seconds for workers to take new settings before systemd is told that it is done
