@@ -26,12 +26,19 @@ SITES = (("front", FRONT), ("back", BACK))
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a server runs: its folder, where the certificates are, its port and the app's. `crl`: with revocation."""
+    """Where a server runs: its folder, where the certificates are, its port and the app's.
+
+    `crl`: with revocation lists. `closed`: with the settings that are said to close what was found open.
+    """
 
     folder: Path
     port: int
     app: int
     crl: bool = False
+    closed: bool = False
+
+    def if_closed(self, text: str) -> str:
+        return text if self.closed else ""
 
     def if_crl(self, text: str) -> str:
         return text if self.crl else ""
@@ -41,9 +48,10 @@ class Place:
 class Peer:
     """A server. `config` is its configuration, `file` where that goes, and `command` starts it by it.
 
-    `http`: it reads requests; else it forwards bytes. `documents`: the pages that the configuration follows.
-    `crl`: the lines that read revocation lists, and `signal` what has it read them again (None: it watches the files).
-    `header`: by which the app is told who called. `beside`: what else a reader has to know of the configuration.
+    `http`: it reads requests; else it forwards bytes. `documents`: the pages that the configuration follows. `crl`:
+    the lines that read revocation lists, and `signal` what has it read them again (None: it watches the files).
+    `settings`: what `closed` adds. `header`: by which the app is told who called. `beside`: what else a reader has
+    to know of the configuration.
     """
 
     key: str
@@ -54,6 +62,7 @@ class Peer:
     version: Callable[[], str]
     documents: tuple[str, ...]
     crl: str
+    settings: str = ""
     signal: signal.Signals | None = None
     http: bool = True
     header: str = ""
@@ -103,6 +112,7 @@ http {{
   uwsgi_temp_path uwsgi; scgi_temp_path scgi;
 {servers}}}
 """
+_NGINX_CLOSED = "ssl_session_tickets off; ssl_session_cache off; if ($ssl_server_name != $host) { return 421; }"
 _NGINX_SERVER = """  server {{
     listen 127.0.0.1:{port} ssl;
     server_name {site};
@@ -111,7 +121,7 @@ _NGINX_SERVER = """  server {{
     ssl_certificate_key {name}.key;
     ssl_client_certificate {name}-ca.crt;
     ssl_verify_client on;
-{crl}    location {protected}/ {{ deny all; }}
+{crl}{closed}    location {protected}/ {{ deny all; }}
     location / {{
       proxy_pass http://127.0.0.1:{app};
       proxy_set_header X-SSL-Client-Verify $ssl_client_verify;
@@ -130,6 +140,7 @@ def _nginx(place: Place) -> str:
             name=name,
             site=site,
             protected=PROTECTED,
+            closed=place.if_closed(f"    {_NGINX_CLOSED}\n"),
             crl=place.if_crl(f"    ssl_crl {name}.crl;\n"),
         )
         for name, site in SITES
@@ -149,14 +160,23 @@ def _nginx_version() -> str:
 
 # HAProxy
 
-_HAPROXY = """defaults
+_HAPROXY_TOP = "global\n  expose-experimental-directives\n  tune.ssl.cachesize 0\n"
+_HAPROXY_CLOSED = """  http-request set-var(txn.host) hdr(host),field(1,:),lower
+  http-request deny deny_status 421 unless { ssl_fc_sni,lower,strcmp(txn.host) eq 0 }
+  http-request normalize-uri percent-decode-unreserved strict
+  http-request normalize-uri path-merge-slashes
+  http-request normalize-uri path-strip-dot
+  http-request normalize-uri path-strip-dotdot full
+  http-request del-header ^x[^a-z]ssl -m reg
+"""
+_HAPROXY = """{top}defaults
   mode http
   timeout connect 5s
   timeout client 50s
   timeout server 50s
 frontend front
-  bind 127.0.0.1:{port} ssl crt-list crt-list.txt
-  http-request deny if {{ path_beg {protected}/ }}
+  bind 127.0.0.1:{port} ssl crt-list crt-list.txt{tickets}
+{closed}  http-request deny if {{ path_beg {protected}/ }}
   http-request set-header X-SSL                  %[ssl_fc]
   http-request set-header X-SSL-Client-Verify    %[ssl_c_verify]
   http-request set-header X-SSL-Client-DN        %{{+Q}}[ssl_c_s_dn]
@@ -176,7 +196,14 @@ def _haproxy(place: Place) -> str:
         for name, site in SITES
     ]
     (place.folder / "crt-list.txt").write_text("".join(lines))
-    return _HAPROXY.format(port=place.port, app=place.app, protected=PROTECTED)
+    return _HAPROXY.format(
+        port=place.port,
+        app=place.app,
+        protected=PROTECTED,
+        top=place.if_closed(_HAPROXY_TOP),
+        tickets=place.if_closed(" no-tls-tickets"),
+        closed=place.if_closed(_HAPROXY_CLOSED),
+    )
 
 
 def _haproxy_command(place: Place) -> list[str]:
@@ -191,10 +218,11 @@ def _haproxy_version() -> str:
 
 # stunnel
 
+_STUNNEL_CLOSED = "sessionResume = no\noptions = NO_TICKET\nTIMEOUTbusy = 10\n"
 _STUNNEL = """foreground = yes
 pid =
 debug = warning
-[front]
+{closed}[front]
 accept = 127.0.0.1:{port}
 connect = 127.0.0.1:{app}
 cert = front.crt
@@ -215,7 +243,7 @@ requireCert = yes
 
 def _stunnel(place: Place) -> str:
     lines = {f"{name}_crl": place.if_crl(f"CRLfile = {name}.crl\n") for name, _ in SITES}
-    return _STUNNEL.format(port=place.port, app=place.app, back=BACK, **lines)
+    return _STUNNEL.format(port=place.port, app=place.app, back=BACK, closed=place.if_closed(_STUNNEL_CLOSED), **lines)
 
 
 def _stunnel_command(place: Place) -> list[str]:
@@ -232,6 +260,13 @@ def _stunnel_version() -> str:
 # Envoy. It reads JSON as well as YAML.
 
 _TYPE = "type.googleapis.com/envoy"
+_ENVOY_CLOSED_TLS = {"disable_stateless_session_resumption": True, "disable_stateful_session_resumption": True}
+_ENVOY_CLOSED_HTTP: dict[str, object] = {
+    "normalize_path": True,
+    "merge_slashes": True,
+    "path_with_escaped_slashes_action": "REJECT_REQUEST",
+    "common_http_protocol_options": {"headers_with_underscores_action": "REJECT_REQUEST"},
+}
 _HCM = f"{_TYPE}.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
 
 
@@ -262,17 +297,21 @@ def _envoy_chain(place: Place, name: str, site: str) -> dict[str, object]:
         {"match": {"prefix": f"{PROTECTED}/"}, "direct_response": {"status": 403}},
         {"match": {"prefix": "/"}, "route": {"cluster": "app"}},
     ]
-    manager = {
+    domains = [site, f"{site}:*"] if place.closed else ["*"]
+    manager: dict[str, object] = {
         "@type": _HCM,
         "stat_prefix": name,
         "forward_client_cert_details": "SANITIZE_SET",
         "set_current_client_cert_details": {"subject": True, "cert": True, "uri": True, "dns": True},
-        "route_config": {"virtual_hosts": [{"name": name, "domains": ["*"], "routes": routes}]},
+        "route_config": {"virtual_hosts": [{"name": name, "domains": domains, "routes": routes}]},
         "http_filters": [_typed("envoy.filters.http.router", "extensions.filters.http.router.v3.Router")],
     }
+    if place.closed:
+        manager |= _ENVOY_CLOSED_HTTP
     tls = {
         "@type": f"{_TYPE}.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
         "require_client_certificate": True,
+        **(_ENVOY_CLOSED_TLS if place.closed else {}),
         "common_tls_context": {
             "tls_certificates": [
                 {"certificate_chain": {"filename": f"{name}.crt"}, "private_key": {"filename": f"{name}.key"}}
@@ -290,6 +329,8 @@ def _envoy_chain(place: Place, name: str, site: str) -> dict[str, object]:
 def _envoy_trust(place: Place, name: str) -> dict[str, object]:
     """Whom a site believes. With revocation by SDS from a file, so that a new list is taken up."""
     trust: dict[str, object] = {"trusted_ca": {"filename": f"{name}-ca.crt"}}
+    if place.closed:
+        trust["max_verify_depth"] = 1
     if not place.crl:
         return {"validation_context": trust}
     trust |= {"crl": {"filename": f"{name}.crl"}, "watched_directory": {"path": str(place.folder)}}
@@ -351,6 +392,7 @@ PEERS = (
         ("https://nginx.org/en/docs/http/ngx_http_ssl_module.html",),
         crl="ssl_crl front.crl;",
         signal=signal.SIGHUP,
+        settings=_NGINX_CLOSED,
         header="X-SSL-Client-Cert",
         program="nginx",
     ),
@@ -367,6 +409,7 @@ PEERS = (
         ),
         crl="crl-file front.crl",
         signal=signal.SIGUSR2,
+        settings=f"{_HAPROXY_TOP}bind … no-tls-tickets\n{_HAPROXY_CLOSED}",
         header="X-SSL-Client-DN",
         beside=f"`crt-list.txt` has a line for each site: `front.pem [ca-file front-ca.crt verify required] {FRONT}`.",
         program="haproxy",
@@ -381,6 +424,7 @@ PEERS = (
         ("https://www.stunnel.org/static/stunnel.html",),
         crl="CRLfile = front.crl",
         signal=signal.SIGHUP,
+        settings=_STUNNEL_CLOSED,
         http=False,
         program="stunnel",
     ),
@@ -393,6 +437,10 @@ PEERS = (
         _envoy_version,
         ("https://www.envoyproxy.io/docs/envoy/latest/start/quick-start/securing",),
         crl="validation_context by SDS from a file: crl and watched_directory",
+        settings=json.dumps(
+            _ENVOY_CLOSED_TLS | _ENVOY_CLOSED_HTTP | {"max_verify_depth": 1, "domains": ["front.audit.internal"]},
+            indent=1,
+        ),
         header="X-Forwarded-Client-Cert",
     ),
 )

@@ -313,7 +313,8 @@ def test_a11_a_certificate_that_ends_during_the_handshake(attacker: Attacker, ca
         with Stepwise(guard.address, attacker.context(leaf)) as slow:
             slow.plain.sendall(slow.hello)
             last = slow.flight()
-            until(lambda: datetime.now(UTC) > leaf.certificate.not_valid_after_utc)
+            # notAfter is the last second in which it is valid (RFC 5280 4.1.2.5), all of it.
+            until(lambda: datetime.now(UTC) > leaf.certificate.not_valid_after_utc + timedelta(seconds=1))
             slow.finish(last, KEPT)
         assert guard.events.next("connection")["reason"] in ("verify.expired", "ended.expired")
         assert bytes(app.received) == seen

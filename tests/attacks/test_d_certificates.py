@@ -24,7 +24,7 @@ from tlslite.errors import TLSError
 
 from handfast.pki import TrustBundle
 from handfast.pki.issuing import Issuer
-from handfast.pki.revocation import Revocations, build_crl, check_crls
+from handfast.pki.revocation import build_crl, check_crls
 from handfast.policy import parse_policy
 from handfast.tls.server import ClientAuth
 from tests.attacks.kit import LISTENER, Attacker, Vhost, command, serve_sites, tlslite, untouched
@@ -322,15 +322,6 @@ def test_d7_an_intermediate_needs_its_own_list(attacker: Attacker, ca: Ca) -> No
         assert attacker.call(guard, sub.client()).status == 200
 
 
-def test_d7_a_million_revocations_cost_no_more(ca: Ca) -> None:
-    """D7: that a certificate is revoked is seen among a million entries (tests/pki holds the time)."""
-    issuer = ca.certificate.subject.public_bytes()
-    leaf = ca.client()
-    many = Revocations(frozenset({(issuer, serial) for serial in range(1_000_000)}))
-    assert not many.revoked(leaf.certificate)
-    assert Revocations(many.serials | {(issuer, leaf.certificate.serial_number)}).revoked(leaf.certificate)
-
-
 def test_d7_an_older_list_does_not_take_the_place_of_a_newer(attacker: Attacker, ca: Ca, tmp_path: Path) -> None:
     """D7: when the file of a list is replaced by an older one that is still in its time, who was revoked stays so."""
     leaf = ca.client()
@@ -493,22 +484,24 @@ print(*seen)
 """
 
 
+@pytest.mark.timeout(900)
 def test_d10_refused_handshakes_leave_nothing_behind(tmp_path: Path) -> None:
     """D10: 20,000 refused handshakes (100,000 with HANDFAST_REFUSALS=100000), without a certificate, by a stranger and
     by a useless certificate, in both modes, leave memory as it was after the first tenth of them, but for 2 MiB."""
     done = subprocess.run(
-        [sys.executable, "-c", REFUSALS, str(FULL)], capture_output=True, text=True, check=True, timeout=600
+        [sys.executable, "-c", REFUSALS, str(FULL)], capture_output=True, text=True, check=True, timeout=890
     )
     resident = list(map(int, done.stdout.split()))
     assert len(resident) == 10
     assert max(resident[1:]) - resident[0] < 2048, resident
 
 
+@pytest.mark.timeout(900)
 def test_d10_refused_connections_leave_nothing_behind(attacker: Attacker, ca: Ca, tmp_path: Path) -> None:
     """D10: connections that `handfast guard` refuses, in words or by an alert, leave memory as it was."""
     ca.server().save(tmp_path, "server")
     ca.save(tmp_path, "clients")
-    count = FULL // 40
+    count = FULL // 50
     with App() as app:
         with command(tmp_path, f'{LISTENER}to = "{app.address}"\n') as guard:
 

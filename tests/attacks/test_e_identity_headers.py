@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+from functools import cache
 from ipaddress import ip_network
 from typing import Any
 
@@ -295,13 +296,17 @@ def test_e10_a_broken_preamble_lets_nobody_in(attacker: Attacker, ca: Ca, case: 
         assert b"X-Forwarded-For: 6.6.6.6\r\n" in app.received
 
 
+@cache
+def _large_key() -> rsa.RSAPrivateKey:
+    return rsa.generate_private_key(65537, 4096)  # half a second and more
+
+
 @pytest.mark.parametrize("limit", [8190, 16384])
 def test_e12_a_large_certificate_is_told_whole_or_not_at_all(attacker: Attacker, ca: Ca, limit: int) -> None:
     """E12: where RSA-4096 certificates make the head larger than the app takes, its 431 reaches the client; the request
     is never sent with less in it."""
-    key = rsa.generate_private_key(65537, 4096)
-    sub = ca.sub("Large", key=rsa.generate_private_key(65537, 4096))
-    leaf = sub.client(key=key, cn="x" * 60)
+    key = _large_key()
+    leaf = ca.sub("Large", key=key).client(key=key, cn="x" * 60)
 
     def answer(connection: socket.socket, request: bytes) -> None:
         large = len(request) > limit

@@ -14,7 +14,7 @@ from typing import Any
 
 from handfast.audit.catalogue import choose
 from handfast.audit.model import Finding
-from handfast.audit.runner import Means, Pace, Target, prepare, run
+from handfast.audit.runner import Means, Pace, prepare, run
 from handfast.testing import TestAuthority
 from tests.audit.kit import FAST, python_context, scripted, target
 
@@ -25,9 +25,11 @@ BAD = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r
 LOST = b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
-def found_at(check: str, where: Target | int, means: Means, pace: Pace = FAST, **paths: str) -> Finding:
-    """What one check finds, with `echo=` or `protected=` paths, or with another `path`."""
-    aim = replace(target(where) if isinstance(where, int) else where, **paths)  # type: ignore[arg-type]  # texts all
+def found_at(
+    check: str, port: int, means: Means, pace: Pace = FAST, *, echo: str | None = None, protected: str | None = None
+) -> Finding:
+    """What one check finds, where paths are named for it."""
+    aim = replace(target(port), echo=echo, protected=protected)
     (finding,) = run(prepare(aim, means, pace), choose([check]), lambda *_: None).findings
     return finding
 

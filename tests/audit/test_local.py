@@ -67,7 +67,7 @@ def said(*requests: bytes) -> bytes:
 
 def test_the_app_answers_with_what_it_got() -> None:
     """The request line and every header come back byte for byte, and odd spellings with them."""
-    head = b"GET /a%2fb?c HTTP/1.1\r\nHost: x\r\nclient_cert:  two  spaces\r\nX: \xff"
+    head = b"GET /echo?c HTTP/1.1\r\nHost: x\r\nclient_cert:  two  spaces\r\nX: \xff"
     answer = said(head + b"\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
     assert answer.endswith(b"\r\n" + head)
@@ -75,14 +75,31 @@ def test_the_app_answers_with_what_it_got() -> None:
 
 def test_the_app_keeps_a_connection_and_tells_requests_apart() -> None:
     """Three requests on a connection, with bodies of both kinds and cut anywhere, get three answers in their order."""
-    one = b"POST /one HTTP/1.1\r\nContent-Length: 5\r\n\r\nGET /"
-    two = b"POST /two HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n4;x=y\r\nGET \r\n0\r\nTrailer: t\r\n\r\n"
-    three = b"GET /three HTTP/1.1\r\nConnection: close\r\n\r\n"
+    one = b"POST /echo?one HTTP/1.1\r\nContent-Length: 5\r\n\r\nGET /"
+    two = b"POST /echo?two HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n4;x=y\r\nGET \r\n0\r\nTrailer: t\r\n\r\n"
+    three = b"GET /echo?three HTTP/1.1\r\nConnection: close\r\n\r\n"
     whole = one + two + three
     for pieces in ((whole,), tuple(bytes((byte,)) for byte in whole)):
         answer = said(*pieces)
         assert [answer.count(b"HTTP/1.1 200 OK"), answer.count(b"HTTP/1.1 400")] == [3, 0]
-        assert answer.index(b"POST /one") < answer.index(b"POST /two") < answer.index(b"GET /three")
+        assert answer.index(b"?one") < answer.index(b"?two") < answer.index(b"?three")
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("/", b"may see"),
+        ("/protected/secret", b"the secret"),
+        ("//protected/./x/..%2fsecret;a?b", b"the secret"),
+        ("/protected\\secret.", b"the secret"),
+        ("https://x/protected/secret", b"the secret"),
+        ("/protected/secrets", b"no such page"),
+        ("/PROTECTED/secret", b"no such page"),
+    ],
+)
+def test_the_app_finds_a_path_in_every_spelling(path: str, says: bytes) -> None:
+    """What a rule misses the app would give away: the secret comes under every spelling of it, and under no other."""
+    assert says in said(f"GET {path} HTTP/1.1\r\nConnection: close\r\n\r\n".encode())
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def guarding(
     port = free_port()
     (folder / "handfast.toml").write_text('log = "json"\n' + config.replace("PORT", str(port)))
     log = folder / "guard.log"
-    words = (*HANDFAST, "guard", "-c", str(folder / "handfast.toml"))
+    words: tuple[str, ...] = (*HANDFAST, "guard", "-c", str(folder / "handfast.toml"))
     for number, limit in (limits or {}).items():
         words = ("prlimit", f"--{_LIMITS[number]}={limit}:{limit}", *words)
     with log.open("wb") as file, (folder / "guard.err").open("wb") as errors:

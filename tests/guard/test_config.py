@@ -171,7 +171,8 @@ client_auth = "required"
 allow = ["ops"]
 
 [[listener.site.route]]
-path = "/public/**"
+path = "/private/**"
+client_auth = "required"
 
 [[listener]]
 listen = "systemd:postgres"
@@ -209,7 +210,7 @@ def test_every_key_arrives() -> None:
     )
     routes = (
         RouteConfig("/admin/**", ("GET", "POST"), "127.0.0.1:9000", ClientAuth.REQUIRED, ("ops",)),
-        RouteConfig("/public/**"),
+        RouteConfig("/private/**", client_auth=ClientAuth.REQUIRED),
     )
     app = SiteConfig(
         names=("app.example.com", "*.apps.example.com"),
@@ -345,7 +346,22 @@ WRONG = [
     (LISTENER + "mode = 'udp'", "listener[0].mode", '"http" or "tcp"'),
     (LISTENER + "proxy_protocol_from = ['10.0.0.1/8']", "listener[0].proxy_protocol_from[0]", "host bits set"),
     (LISTENER + "proxy_protocol_from = '10.0.0.0/8'", "listener[0].proxy_protocol_from", "a list of networks"),
-    (LISTENER + "verify_depth = 0", "listener[0].verify_depth", "from 1 to 10"),
+    (LISTENER + "verify_depth = 11", "listener[0].verify_depth", "from 0 to 10"),
+    # Rules that nobody would be held to.
+    (LISTENER + "client_auth = 'optional'\nallow = ['any']", "listener[0].allow", "binds nobody"),
+    (LISTENER + "client_auth = 'optional'\nallow_file = 'rules'", "listener[0].allow_file", "binds nobody"),
+    (
+        LISTENER + "client_auth = 'optional'\n[[listener.route]]\npath = '/a'\nallow = ['any']",
+        "listener[0].route[0].allow",
+        "binds nobody",
+    ),
+    (
+        LISTENER
+        + "client_auth = 'optional'\nallow = ['any']\n"
+        + "[[listener.route]]\nclient_auth = 'required'\nallow = ['any']",
+        "listener[0].allow",
+        "no route requires a certificate and leaves out allow",
+    ),
     (LISTENER + "tls_min = '1.1'", "listener[0].tls_min", '"1.2" or "1.3"'),
     (LISTENER + "tls_min = 1.3", "listener[0].tls_min", "1.3 stands there"),
     (LISTENER + "headers = ['Client-Cert']", "listener[0].headers[0]", '"client-cert" or '),
@@ -490,6 +506,8 @@ def test_a_mistake_is_told_where_it_stands(text: str, at: str, words: str) -> No
 # The twins of what is refused above: the same, made right.
 RIGHT = [
     LISTENER,
+    LISTENER + "client_auth = 'optional'\nallow = ['any']\n[[listener.route]]\nclient_auth = 'required'",
+    LISTENER + "client_auth = 'optional'\n[[listener.route]]\nclient_auth = 'required'\nallow = ['any']",
     TCP,
     TCP + "allow = ['any']",
     "state = 'x'\n" + TCP.replace("tcp://", "tls://"),

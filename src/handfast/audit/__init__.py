@@ -12,6 +12,9 @@ The surface, for whoever adds checks:
       .means.authority                a TestAuthority that the server trusts; .flawed(Flaw.X) makes bad leaves
     oracle.reach(reply, baseline)     was the application reached? oracle.worst(outcomes) folds several tries
     odd.call(audit, leaf, …) -> Reply handshakes that OpenSSL will not make, by tlslite-ng: a leaf beside a wrong key
+    insider.by_authority(attack)      a check's function from one that gets an Inside: a good client and what it got;
+      .judge .all_refused(leaves) .gets_in     and by_client; insider.talking(…) for several requests
+    http2.ask(wire, offer, requests)  HTTP/2 requests, sound or not
     clienthello.Hello(…)              ClientHellos byte by byte; read_answer() has what the server chose
 
 A new theme is a module with a tuple CHECKS, named in `catalogue.CHECKS`. A check needs a test against a server that

@@ -29,7 +29,6 @@ from handfast.audit.model import (
 )
 from handfast.audit.oracle import REFUSALS, Reach, Reply, reach, worst
 from handfast.audit.runner import Audit
-from handfast.tls.probe import ProbeRefused
 
 NOBODY = "audit.invalid"  # no server has this name (RFC 6761 6.4)
 MARK = "audit-spoofed"
@@ -150,13 +149,10 @@ def h2_head(audit: Audit, authority: str, path: str | None = None, method: str =
 def h2_asked(inside: Inside, requests: list[tuple[list[tuple[bytes, bytes]], bytes]]) -> list[Reply] | None:
     """The good client's requests over one HTTP/2 connection; None where the server does not speak it."""
     audit = inside.audit
+    # With HTTP/1.1 beside it, a server that does not speak HTTP/2 chooses that, and ends no handshake.
+    offer = audit.offer(inside.client, tls12=versions(audit)[0], alpn=("h2", "http/1.1"))
     with audit.connect() as wire:
-        try:
-            return http2.ask(wire, audit.offer(inside.client, tls12=versions(audit)[0], alpn=("h2",)), requests)
-        except ProbeRefused as refused:
-            if refused.alert == "no_application_protocol":
-                return None
-            raise
+        return http2.ask(wire, offer, requests)
 
 
 # The identity.

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
@@ -27,22 +28,26 @@ from handfast.pki.revocation import build_crl
 from handfast.testing import TestAuthority, TestLeaf
 
 FRONT, BACK = "front.audit.internal", "back.audit.internal"  # server names: two sites of one server
-PROTECTED = "/protected"  # the path that the server before the app has to deny to everybody
+PROTECTED = "/protected"  # what is below this the server before the app has to deny to everybody
+SECRET = f"{PROTECTED}/secret"
 
 _DAY = timedelta(days=1)
 _LONG = 90.0  # seconds: what takes longer waits for a limit of the server's
+_TRIES, _WAITED = 3, "a good client"
 _MAX_HEAD = 64 << 10  # bytes
 _MAX_BODY = 16 << 20  # bytes of one request
 _PATIENCE = 120.0  # seconds without a byte, after which the app ends a connection
 # In front of what is echoed, so that every answer is longer than any alert of TLS.
 _PREFACE = (
-    b"The app got a request. Its head, as it came, byte for byte, stands below this line.\r\n" + b"-" * 80 + b"\r\n"
+    b"The app got a request; below this line is what it has to say to it, or what came.\r\n" + b"-" * 80 + b"\r\n"
 )
 
 
 @dataclass
 class Echo:
-    """An HTTP/1.1 app on loopback that answers every request with the request line and the headers it got.
+    """An HTTP/1.1 app on loopback: /echo answers with the request line and the headers that it got, / with a page, and
+    the protected path with a secret. It finds its paths as easy-going apps do: decoded, merged, without parameters;
+    capitals count (RFC 3986 6.2.2.1).
 
     It is strict where an app should be: a request with two lengths, or with one that it cannot read, is answered
     with 400, and the connection ends. The bodies of requests are read and dropped.
@@ -102,12 +107,33 @@ def _attend(connection: socket.socket, pending: bytes) -> bytes | None:
     if rest is None:
         connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
         return None
-    body = _PREFACE + head
+    status, body = _page(head)
     last = b"close" in b",".join(_values(head, b"connection")).lower()
-    answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n" % len(body)
+    answer = b"HTTP/1.1 %s\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n" % (status, len(body))
     answer += b"Connection: close\r\n\r\n" if last else b"\r\n"
     connection.sendall(answer if head.startswith(b"HEAD ") else answer + body)
     return None if last else rest
+
+
+def _page(head: bytes) -> tuple[bytes, bytes]:
+    """The status and body for a request."""
+    target = head.split(b"\r\n", 1)[0].partition(b" ")[2].partition(b" ")[0]
+    text = unquote_to_bytes(re.split(rb"[?#]", target)[0]).replace(b"\\", b"/")
+    text = re.sub(rb"^[a-zA-Z]+://[^/]*", b"", text)
+    parts: list[bytes] = []
+    for part in re.split(rb"/+", re.sub(rb";[^/]*|\0.*", b"", text).strip(b" \t")):
+        if part == b"..":
+            parts = parts[:-1]
+        elif part not in (b"", b"."):
+            parts.append(part.rstrip(b"."))
+    match b"/".join(parts).decode("latin-1"):
+        case "echo":
+            return b"200 OK", _PREFACE + head
+        case "":
+            return b"200 OK", _PREFACE + b"This is the page that everybody may see."
+        case path if f"/{path}" == SECRET:
+            return b"200 OK", _PREFACE + b"This is the secret."
+    return b"404 Not Found", _PREFACE + b"There is no such page."
 
 
 def _values(head: bytes, name: bytes) -> list[bytes]:
@@ -211,7 +237,7 @@ class Stage:
 
     def target(self, port: int) -> Target:
         """The site in front, at a port of this machine."""
-        return Target("127.0.0.1", port, FRONT, echo="/echo", protected=f"{PROTECTED}/secret")
+        return Target("127.0.0.1", port, FRONT, echo="/echo", protected=SECRET)
 
     @property
     def means(self) -> Means:
@@ -239,10 +265,21 @@ def run_apart(waiting: Audit, working: Audit, checks: Sequence[Check], progress:
     with ThreadPoolExecutor(1) as pool:
         patient = [check for check in checks if check.seconds >= _LONG]
         beside = pool.submit(run, waiting, patient, progress)
-        reports = [run(working, [check], progress) for check in checks if check.seconds < _LONG]
+        reports = [_surely(working, check, progress) for check in checks if check.seconds < _LONG]
         reports.append(beside.result())
     findings = [finding for report in reports for finding in report.findings]
     return replace(reports[0], findings=_in_order(findings))
+
+
+def _surely(audit: Audit, check: Check, progress: Progress) -> Report:
+    """Run a check; again where it found that a good client was kept waiting: this machine may have made it wait."""
+    for _ in range(_TRIES - 1):
+        report = run(audit, [check], lambda *_: None)
+        (finding,) = report.findings
+        if finding.outcome.verdict is not Verdict.FAIL or not finding.outcome.why.startswith(_WAITED):
+            progress(check, finding.outcome)
+            return report
+    return run(audit, [check], progress)
 
 
 def fold(reports: Sequence[tuple[str, Report]], *more: Finding) -> Report:

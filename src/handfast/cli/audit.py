@@ -18,6 +18,7 @@ from handfast.audit.model import Check, Outcome, Report
 from handfast.audit.report import as_json as report_json
 from handfast.audit.report import render_html, render_junit, render_sarif, render_text
 from handfast.audit.runner import GENTLE, Client, Means, Pace, Progress, Target, prepare, run
+from handfast.cli.auditing_insider import insider_options, own_revoker, parse_endpoint, parse_path
 from handfast.cli.auditing_local import audit_local, how_many
 from handfast.cli.output import (
     as_json_option,
@@ -32,11 +33,9 @@ from handfast.cli.output import (
 )
 from handfast.errors import Exit, InvalidInput, Reason
 from handfast.files import load_key, write_public
-from handfast.guard.places import parse_address
 from handfast.pki.keys import same_key
 from handfast.pki.names import parse_dns, parse_name
 from handfast.testing import TestAuthority, TestLeaf
-from handfast.tls.client import server_name_of
 from handfast.tls.credential import Credential, load_bundle, load_credential
 
 _path = click.Path(path_type=Path)
@@ -68,6 +67,7 @@ _path = click.Path(path_type=Path)
 @click.option(
     "--mitm", type=click.Choice(sorted(CLIENTS)), help="Stand between this client and the server. Takes --ca."
 )
+@insider_options
 @click.option("--gentle", is_flag=True, help="One connection at a time, with pauses, and less of everything.")
 @click.option(
     "--handshake-limit",
@@ -132,6 +132,12 @@ class _Asked:
     key_passphrase_file: Path | None
     passphrase_file: Path | None
     state: Path | None
+    revoked_cert: Path | None
+    revoked_key: Path | None
+    other: str | None
+    echo: str | None
+    protected: str | None
+    pid: int | None
 
 
 def _refuse_beside_local() -> None:
@@ -146,15 +152,10 @@ def _refuse_beside_local() -> None:
 
 
 def _target(address: str, ask: _Asked) -> Target:
-    host, port = parse_address(address)
-    if port == 0:
-        raise InvalidInput(Reason.INPUT_ADDRESS, value=address, detail="port 0 is no place to connect to")
-    if not ask.path.startswith("/") or not ask.path.isascii() or not ask.path.isprintable() or " " in ask.path:
-        raise InvalidInput(
-            Reason.INPUT_NAME, value=ask.path, detail="a path is ASCII, without spaces, and begins with /"
-        )
-    sni = parse_dns(ask.sni).value if ask.sni else server_name_of(host)
-    return Target(host, port, sni, ask.path)
+    endpoint = parse_endpoint(address)
+    sni = parse_dns(ask.sni).value if ask.sni else endpoint.sni
+    echo, protected = (None if path is None else parse_path(path) for path in (ask.echo, ask.protected))
+    return Target(endpoint.host, endpoint.port, sni, parse_path(ask.path), echo, protected)
 
 
 def _means(ask: _Asked) -> Means:
@@ -167,7 +168,24 @@ def _means(ask: _Asked) -> Means:
             raise click.UsageError("--mitm needs --ca F: what the client trusts")
         load_bundle(ask.ca)
         client = Client(ask.mitm, str(ask.ca), CLIENTS[ask.mitm])
-    return Means(_credential(ask, authority), authority, client)
+    return Means(
+        _credential(ask, authority),
+        authority,
+        client,
+        _revoked(ask),
+        own_revoker(ask.state, ask.passphrase_file) if ask.authority else None,
+        parse_endpoint(ask.other) if ask.other else None,
+        ask.pid,
+    )
+
+
+def _revoked(ask: _Asked) -> TestLeaf | None:
+    if ask.revoked_cert is None and ask.revoked_key is None:
+        return None
+    if ask.revoked_cert is None or ask.revoked_key is None:
+        raise click.UsageError("--revoked-cert F and --revoked-key F go together")
+    secret = first_line(ask.key_passphrase_file) if ask.key_passphrase_file else None
+    return _leaf(load_credential(ask.revoked_cert, ask.revoked_key, secret))
 
 
 def _credential(ask: _Asked, authority: TestAuthority | None) -> TestLeaf | None:

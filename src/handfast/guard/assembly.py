@@ -253,7 +253,7 @@ class Assembly:
         )
         alpn = tuple(name.encode() for name in listener.alpn)
         if http:
-            alpn = (_HTTP1,)
+            alpn = (_H2, _HTTP1) if listener.http2 else (_HTTP1,)
         settings = ServerSettings(
             answer_refusals=http,
             offer_authorities=site.offer_authorities,
