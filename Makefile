@@ -5,13 +5,14 @@
 #   make docs    write the reference from the code
 #   make bench   measure
 #   make bench-guard  measure the guard beside nginx, HAProxy, Envoy, stunnel and hitch (half an hour)
+#   make bench-audit  attack handfast, nginx, HAProxy, stunnel and Envoy with the same checks (10 minutes)
 
 PYTHON ?= python3
 BIN := .venv/bin
 # What the tests run beside us: command -> Debian package.
 PROGRAMS := openssl:openssl curl:curl nginx:nginx-light chromium:chromium certutil:libnss3-tools
 
-.PHONY: demo check test docs bench bench-guard programs clean
+.PHONY: demo check test docs bench bench-guard bench-audit programs clean
 
 .venv/made: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed (make PYTHON=python3.12 …)"; exit 1; }
@@ -48,6 +49,9 @@ programs:
 	    echo "installing$$missing"; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	  else echo "these packages are missing:$$missing (apt-get install$$missing)"; exit 1; fi; \
 	fi
+
+bench-audit: .venv/made
+	$(BIN)/python benchmarks/audit/run.py --page docs/explanation/audit-of-peers.md $(ARGS)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build

@@ -4,7 +4,7 @@ In a document, ```console is a terminal session that runs here. `$ ` begins a co
 whole output; `...` stands for any text, alone on a line for any lines. Figures that differ from run to run
 (ids, serials, times, ports) are compared by their shape. `handfast up`, `handfast guard` and `python3 FILE`
 that serve go on running; `^C` stops the last one; ```console server is what that one prints next.
-```python NAME is a file that the reader saves. /home/you is the reader's home.
+```python NAME (or toml, text, ini) is a file that the reader saves. /home/you is the reader's home.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class Reader:
                 self._type(command, shown)
         elif block.info == "console server":
             self.servers[-1].expect(block.text.splitlines())
-        elif file := re.fullmatch(r"(?:python|text|ini) (\S+)", block.info):
+        elif file := re.fullmatch(r"(?:python|text|ini|toml) (\S+)", block.info):
             (self.folder / file[1]).write_text(self.as_run(block.text))
 
     def as_run(self, text: str) -> str:
@@ -177,7 +177,7 @@ class Reader:
             return
         command = self.as_run(command)
         if _SERVES.match(command) and not command.rstrip().endswith("--help"):
-            if command.startswith("handfast") and "--listen" not in command:
+            if command.startswith("handfast") and "--listen" not in command and " -c " not in command:
                 command += f" --listen 127.0.0.1:{self.ports['8443']}"
             self.servers.append(Server(command, self))
             self.servers[-1].expect(shown)

@@ -57,6 +57,7 @@ class Report:
     requests: Counter[str] = field(default_factory=Counter)  # by client
     connections: int = 0
     kills: int = 0
+    halves: int = 0  # new workers that found a certificate and the next one's key
     cut: int = 0  # requests and handshakes that died with their worker
     crashes: int = 0  # of apps
     all_down: int = 0  # answers 502 while no app was up
@@ -70,8 +71,9 @@ class Report:
 
     def __str__(self) -> str:
         return (
-            f"{sum(self.requests.values())} requests on {self.connections} connections; {self.kills} workers killed,"
-            f" {self.cut} cut with them; {self.crashes} crashes of apps, {self.all_down} answers 502 with none up;"
+            f"{sum(self.requests.values())} requests on {self.connections} connections;"
+            f" {self.kills} workers killed, {self.cut} cut with them, {self.halves} found half a rotation;"
+            f" {self.crashes} crashes of apps, {self.all_down} answers 502 with none up;"
             f" {self.rotations} rotations, {len(self.shown)} server certificates seen;"
             f" fickle {dict(self.fickle)} and {self.ended} ended; slowest connection {self.slowest:.2f} s;"
             f" {len(self.failed)} failed, {len(self.wrong)} wrong"
@@ -261,8 +263,10 @@ def chaos(folder: Path, seconds: float) -> Report:
             report = Storm(files, guard, apps).blow(seconds)
             until(lambda: len(guard.workers()) == 2, 40)
             guard.well()
-            died = [event["how"] for event in guard.events("worker_died")]
-            assert died == ["signal 9"] * report.kills, died
+            died = Counter((event["how"], event["reason"]) for event in guard.events("worker_died"))
+            assert died.pop(("signal 9", Reason.GUARD_WORKER_DIED.code)) == report.kills
+            report.halves = died.total()  # came back between the key and its certificate, and once more after
+            assert {reason for _, reason in died} <= {Reason.INPUT_KEY_MISMATCH.code}, died
             assert guard.events("reload")
             ended = [event for event in guard.events("ended") if event["reason"] == Reason.ENDED_POLICY.code]
             assert {event["peer"] for event in ended} <= {f"spiffe://test/{FICKLE}"}

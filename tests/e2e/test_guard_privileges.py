@@ -7,6 +7,7 @@ import pwd
 import random
 import shutil
 import socket
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,17 +137,11 @@ def test_the_sandbox_is_on_and_says_so(tmp_path: Path, workers: int) -> None:
         log = tmp_path / "log"
         with log.open("w") as stream:
             line = (*HANDFAST, "guard", "-c", "handfast.toml")
-            guard_ = _run_to(stream, line, tmp_path)
+            process = subprocess.Popen(line, cwd=tmp_path, stdout=stream, stderr=subprocess.STDOUT)
         try:
             eventually(lambda: '"event": "ready"' in log.read_text())
         finally:
-            guard_.terminate()
-            assert guard_.wait(10) == 0
+            process.terminate()
+            assert process.wait(10) == 0
         assert '"sandbox"' not in log.read_text()
         assert '"stopped"' in log.read_text()
-
-
-def _run_to(stream: object, line: tuple[str, ...], folder: Path):  # type: ignore[no-untyped-def]  # see above
-    import subprocess
-
-    return subprocess.Popen(line, cwd=folder, stdout=stream, stderr=subprocess.STDOUT)  # type: ignore[call-overload]  # see above

@@ -43,7 +43,7 @@ class Answer:
 
     headers: dict[str, str] = field(default_factory=dict)
     informational: list[dict[str, str]] = field(default_factory=list)
-    body: bytes = b""
+    body: bytearray = field(default_factory=bytearray)
     trailers: dict[str, str] | None = None
     ended: bool = False
     reset: int | None = None  # its code
@@ -109,11 +109,12 @@ class Client:
 
     def body(self, stream: int, data: bytes, *, last: bool = False) -> None:
         """Send a body as the windows allow."""
-        while data:
+        left = memoryview(data)
+        while left:
             room = min(self.h2.local_flow_control_window(stream), self.h2.max_outbound_frame_size)
             if room:
-                self.h2.send_data(stream, data[:room], end_stream=last and len(data) <= room)
-                data = data[room:]
+                self.h2.send_data(stream, left[:room], end_stream=last and len(left) <= room)
+                left = left[room:]
                 self.flush()
             else:
                 self.read()

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from time import monotonic, time
 from typing import Any
@@ -41,6 +42,12 @@ from handfast.guard.workers import Plan, Worker, auto_workers, bind_shared, deal
 _ADMIN = "admin"  # what the admin socket is called among those handed over
 _PULSE = 0.5  # seconds between two reports of a worker
 _LONGER = 5.0  # seconds that workers have, on top of what their connections have
+
+# What Python loads where it is first used, which may be in a folder that is not the user's to read.
+_LOADED_LATE = (
+    *("concurrent.futures.thread", "encodings.idna", "uvloop"),
+    *("prometheus_client.exposition", "prometheus_client.metrics_core", "prometheus_client.registry"),
+)
 
 Make = Callable[[], AbstractContextManager[Assembly]]
 Ready = Callable[[list[str]], dict[str, object]]
@@ -93,9 +100,15 @@ def run(config: Config, make: Make, telling: Telling) -> int:
         assembly.build(datetime.now(UTC))  # what is wrong is said before anything is bound
     sockets = _sockets(config, count)
     admin = sockets.get(_ADMIN, [None])[0]
-    if config.user is not None:
-        drop_privileges(config.user, config.group)
-    forbid_core_dumps()
+    try:
+        if config.user is not None:
+            for name in _LOADED_LATE:
+                import_module(name)
+            drop_privileges(config.user, config.group)
+        forbid_core_dumps()
+    except HandfastError:
+        _close(sockets)
+        raise
     if count > 1:
         return _run_workers(config, make, telling, (count, sockets, admin))
     with _confined(config, make) as assembly:

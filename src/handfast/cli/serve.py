@@ -205,20 +205,44 @@ def _say_checked(config: Config, as_json: bool) -> None:
 def _ready(config: Config, as_json: bool, urls: list[str]) -> dict[str, object]:
     shown = []
     for url, listener in zip(urls, config.listeners, strict=True):
-        site = listener.all_sites[0]
-        to = site.to or ", ".join(dict.fromkeys(route.to for route in site.routes if route.to))
-        rules = [rule if rule.startswith(("allow ", "deny ")) else f"allow {rule}" for rule in site.allow] + (
-            [f"the rules in {site.allow_file}"] if site.allow_file else []
-        )
-        shown.append({"name": listener.name, "url": url, "to": to, "allow": rules or ["allow any"]})
+        sites = [_shown(site) for site in listener.all_sites]
+        first = {"to": sites[0]["to"], "allow": sites[0]["allow"]}
+        shown.append({"name": listener.name, "url": url, **first, "sites": sites})
         if not as_json:
-            whose = f"every client with a certificate of {site.client_ca or config.state}"
-            if site.client_auth is ClientAuth.OFF:
-                whose = "everyone: no certificate is asked for"
-            say(url, to, rules or [whose])
+            for site, said in zip(listener.all_sites, sites, strict=True):
+                names = f" for {', '.join(site.names)}" if site.names else ""
+                say(f"{url}{names}", said["to"], said["allow"] if _has_rules(site) else [_everyone(config, site)])
+                for route in site.routes:
+                    methods = f"{','.join(route.methods)} " if route.methods else ""
+                    click.echo(f"  {methods}{route.path} to {route.to or site.to}")
     if not as_json:
         click.echo("Ctrl-C stops it\n")
     return {"listeners": shown, "url": urls[0], "to": shown[0]["to"], "allow": shown[0]["allow"]}
+
+
+def _shown(site: SiteConfig) -> dict[str, Any]:
+    """What is said of a site."""
+    to = site.to or ", ".join(dict.fromkeys(route.to for route in site.routes if route.to))
+    rules = [rule if rule.startswith(("allow ", "deny ")) else f"allow {rule}" for rule in site.allow]
+    if site.allow_file is not None:
+        rules.append(f"the rules in {site.allow_file}")
+    return {"names": site.names, "to": to, "allow": rules or ["allow any"]}
+
+
+def _has_rules(site: SiteConfig) -> bool:
+    return bool(site.allow) or site.allow_file is not None
+
+
+def _everyone(config: Config, site: SiteConfig) -> str:
+    """Who comes in where there are no rules."""
+    authority = site.client_ca or config.state
+    match site.client_auth:
+        case ClientAuth.OFF:
+            return "everyone: no certificate is asked for"
+        case ClientAuth.OPTIONAL:
+            return f"everyone; who shows a certificate must have one of {authority}"
+        case ClientAuth.REQUIRED:
+            return f"every client with a certificate of {authority}"
 
 
 def say(url: str, target: str, allowed: list[str]) -> None:
