@@ -21,6 +21,7 @@
 #include <netinet/tcp.h>
 #include <openssl/err.h>
 #include <openssl/ssl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -573,6 +574,7 @@ int main(int argc, char **argv) {
     default: return 2;
     }
   poller = epoll_create1(0);
+  signal(SIGPIPE, SIG_IGN); // a proxy may reset a connection that we are about to answer on
   prctl(PR_SET_TIMERSLACK, 1000);
   if (!strcmp(mode, "echo") || !strcmp(mode, "sink") || !strcmp(mode, "hello")) serve();
   each_new = !strcmp(mode, "new");

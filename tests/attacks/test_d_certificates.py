@@ -486,7 +486,7 @@ print(*seen)
 
 @pytest.mark.timeout(900)
 def test_d10_refused_handshakes_leave_nothing_behind(tmp_path: Path) -> None:
-    """D10: 20,000 refused handshakes (100,000 with HANDFAST_REFUSALS=100000), without a certificate, by a stranger and
+    """D10: 4,000 refused handshakes (100,000 with HANDFAST_REFUSALS=100000), without a certificate, by a stranger and
     by a useless certificate, in both modes, leave memory as it was after the first tenth of them, but for 2 MiB."""
     done = subprocess.run(
         [sys.executable, "-c", REFUSALS, str(FULL)], capture_output=True, text=True, check=True, timeout=890

@@ -8,6 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from handfast.audit import (
+    insider_certificates,
+    insider_door,
+    insider_requests,
+    insider_sessions,
+    insider_smuggling,
+)
+from handfast.audit.catalogue import CHECKS
 from handfast.audit.insider import names_of
 from handfast.errors import Exit
 from handfast.testing import TestAuthority, TestLeaf
@@ -85,3 +93,10 @@ def test_names_of_an_accepted_client() -> None:
     names = ("a.test", "spiffe://test/web", "127.0.0.1", "a@b.test")
     assert names_of(authority.client(*names)) == names
     assert names_of(authority.client(san=b"\x30\x00")) == names_of(None)
+
+
+def test_every_insider_check_is_of_a_tested_theme() -> None:
+    """Each theme's tests demand a server with the hole for each of its checks; no check is outside these themes."""
+    themes = (insider_certificates, insider_sessions, insider_requests, insider_smuggling, insider_door)
+    tested = {check.id for theme in themes for check in theme.CHECKS}
+    assert tested == {check.id for check in CHECKS if check.id.startswith("insider.")}

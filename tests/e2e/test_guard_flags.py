@@ -231,4 +231,3 @@ def test_a_guard_without_a_terminal_tells_the_same_for_people(tmp_path: Path, ap
         assert child.stop() == Exit.OK
     assert child.lines[-1] == "goodbye"
     assert child.errors == []
-

@@ -15,6 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from tests.e2e.guard_kit import Files, admin_get, guarding
+from tests.e2e.kit import Caller
 from tests.support.apps import App, echo_head
 from tests.support.programs import free_port, must
 
@@ -111,12 +112,28 @@ def test_the_app_can_check_the_assertion(files: Files, workers: int) -> None:
         jwt.decode(f"{head}.{body[:-4]}AAAA.{signature}", key, algorithms=["ES256"], audience="shop")
 
 
-def test_the_assertion_is_signed_with_the_key_that_is_given(files: Files) -> None:
-    """A P-256 key from a file signs, over a restart the same; a key of another kind is refused at start."""
+def test_the_assertion_is_signed_with_the_key_that_is_given(files: Files, call: Caller) -> None:
+    """A P-256 key from a file signs; a key of another kind is refused at start, and another key while it runs."""
     must("openssl", "ecparam", "-genkey", "-noout", "-name", "prime256v1", "-out", "sign.key", folder=files.folder)
     public = must("openssl", "ec", "-in", "sign.key", "-pubout", folder=files.folder)
     with App(echo_head) as app:
         config = '[assertion]\nkey = "sign.key"\n' + CONFIG.format(headers='"assertion"', to=app.address)
         with guarding(files.folder, config) as guard:
             token = files.client("alice").ask(guard.port).lines["handfast-assertion"]
+            must(
+                "openssl",
+                "ecparam",
+                "-genkey",
+                "-noout",
+                "-name",
+                "prime256v1",
+                "-out",
+                "sign.key",
+                folder=files.folder,
+            )
+            kept = guard.next("reload")
+            assert (kept["outcome"], kept["reason"]) == ("kept", "guard.restart")
+            assert "the key of assertion" in kept["detail"]
     assert jwt.decode(token, public, algorithms=["ES256"], audience="handfast")["iss"] == "handfast"
+    must("openssl", "ecparam", "-genkey", "-noout", "-name", "secp384r1", "-out", "sign.key", folder=files.folder)
+    assert call.refused("guard", "-c", "handfast.toml", "--check") == (2, "input.not_key")

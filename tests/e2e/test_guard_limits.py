@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import socket
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -102,10 +104,13 @@ def test_a_rate_comes_back(tmp_path: Path) -> None:
     """A second later there is room for more, at the rate that is allowed."""
     files, admin = Files(tmp_path), free_port()
     limits = {"requests": "requests_per_second_per_identity = 20\nburst = 1"}
-    with App() as app, guarding(tmp_path, config(admin, app.address, **limits)) as guard:
-        with files.client().line(guard.port) as line:
-            assert {line.ask().status for _ in range(5)} == {200, 429}
-            eventually(lambda: line.ask().status == 200)
+    with (
+        App() as app,
+        guarding(tmp_path, config(admin, app.address, **limits)) as guard,
+        files.client().line(guard.port) as line,
+    ):
+        assert {line.ask().status for _ in range(5)} == {200, 429}
+        eventually(lambda: line.ask().status == 200)
 
 
 def _by_itself(guard: Guarded) -> None:
@@ -138,9 +143,6 @@ def test_limits_change_while_it_runs(tmp_path: Path, told: Callable[[Guarded], N
 
 def test_times_that_are_too_long(tmp_path: Path) -> None:
     """A handshake, a head and an idle connection have their time, and no more."""
-    import socket
-    import time
-
     files, admin = Files(tmp_path), free_port()
     limits = {"times": 'handshake = "300ms"\nhead = "300ms"\nidle = "300ms"'}
     with App() as app, guarding(tmp_path, config(admin, app.address, **limits)) as guard:

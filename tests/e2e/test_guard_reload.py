@@ -130,8 +130,10 @@ def _file_beyond_the_sandbox(files: Files) -> str:
     return "guard.restart"
 
 
-SPOILED = (_broken_certificate, _half_a_pair, _missing_key, _empty_authorities, _unknown_setting)
-SPOILED += (_other_address, _more_workers, _another_listener, _file_beyond_the_sandbox)
+SPOILED = (
+    *(_broken_certificate, _half_a_pair, _missing_key, _empty_authorities, _unknown_setting),
+    *(_other_address, _more_workers, _another_listener, _file_beyond_the_sandbox),
+)
 
 
 @pytest.mark.parametrize("spoil", SPOILED)

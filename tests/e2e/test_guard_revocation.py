@@ -237,4 +237,3 @@ def test_who_is_revoked_may_not_serve_either(call: Caller, state: Path, tmp_path
             guard.next("reload", outcome="taken")
             assert bob.ask(guard.port).error == (502, "upstream.tls")
             assert "revoked" in guard.next("request", reason="upstream.tls")["detail"]
-

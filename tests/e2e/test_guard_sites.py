@@ -209,17 +209,21 @@ def test_a_bad_certificate_is_never_nobody(tmp_path: Path) -> None:
     files, other = Files(tmp_path), Ca.root("Other")
     files.client("mallory", other)
     files.client("server-only", eku=[SERVER])
-    with apps("app") as (app,):
-        with guarding(tmp_path, ROUTES.format(site=app.address, admin=app.address, upload=app.address)) as guard:
-            for name, reason in (("mallory", "verify.unknown_issuer"), ("server-only", "verify.purpose")):
-                for path in ("/", "/private"):
-                    assert files.client(name).ask(guard.port, path).error == (403, reason)
-            assert app.connections == 0
-            assert files.nobody.ask(guard.port).status == 200
+    with (
+        apps("app") as (app,),
+        guarding(tmp_path, ROUTES.format(site=app.address, admin=app.address, upload=app.address)) as guard,
+    ):
+        for name, reason in (("mallory", "verify.unknown_issuer"), ("server-only", "verify.purpose")):
+            for path in ("/", "/private"):
+                assert files.client(name).ask(guard.port, path).error == (403, reason)
+        assert app.connections == 0
+        assert files.nobody.ask(guard.port).status == 200
 
 
-SPOOFS = ("Client-Cert: :AAAA:", "client_identity: root", "CLIENT.CERT: x", "X-SSL-Client-Verify: SUCCESS")
-SPOOFS += ("X-Forwarded-Client-Cert: Hash=0", "Handfast-Assertion: a.b.c", "X-Forwarded-For: 10.0.0.1")
+SPOOFS = (
+    *("Client-Cert: :AAAA:", "client_identity: root", "CLIENT.CERT: x", "X-SSL-Client-Verify: SUCCESS"),
+    *("X-Forwarded-Client-Cert: Hash=0", "Handfast-Assertion: a.b.c", "X-Forwarded-For: 10.0.0.1"),
+)
 
 
 @pytest.mark.parametrize("client_auth", ["optional", "off"])

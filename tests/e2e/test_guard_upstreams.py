@@ -137,9 +137,12 @@ def test_bytes_over_tls_of_our_own(files: Files) -> None:
         inner = tcp.replace("server.", "inner.").replace("127.0.0.1:0", f"127.0.0.1:{port}")
         inner += f'to = "tcp://{app.address}"\nallow = ["dns:front.test"]\n'
         outer = OUTER.format(scheme="tls", port=port, tls=tls) + tcp + 'to = "inner"\n'
-        with guarding(folder, inner), guarding(files.folder, outer) as guard:
-            with files.client().line(guard.port) as line:
-                assert [line.ask().status for _ in range(3)] == [200] * 3
+        with (
+            guarding(folder, inner),
+            guarding(files.folder, outer) as guard,
+            files.client().line(guard.port) as line,
+        ):
+            assert [line.ask().status for _ in range(3)] == [200] * 3
         assert app.connections == 1
 
 
@@ -259,11 +262,14 @@ def test_nginx_reads_the_proxy_header(tmp_path: Path) -> None:
     alice = files.client()
     (tmp_path / "nginx").mkdir()
     config = f'[upstream.app]\ntargets = ["127.0.0.1:{port}"]\nproxy_protocol = "v2"\n{CONFIG}to = "app"\n'
-    with nginx(NGINX.format(port=port), tmp_path / "nginx"), guarding(tmp_path, config) as guard:
-        with alice.line(guard.port) as line:
-            host, client_port = line.tls.getsockname()
-            assert line.ask().body.decode() == f"{host} {client_port}"
-            assert line.ask().body.decode() == f"{host} {client_port}"
+    with (
+        nginx(NGINX.format(port=port), tmp_path / "nginx"),
+        guarding(tmp_path, config) as guard,
+        alice.line(guard.port) as line,
+    ):
+        host, client_port = line.tls.getsockname()
+        assert line.ask().body.decode() == f"{host} {client_port}"
+        assert line.ask().body.decode() == f"{host} {client_port}"
 
 
 @pytest.mark.parametrize("style", ["v2", "v2-cert"])
@@ -275,11 +281,13 @@ def test_the_proxy_header_tells_of_the_handshake(tmp_path: Path, style: str, mod
     with App() as app:
         to = app.address if mode == "http" else f"tcp://{app.address}"
         upstream = f'[upstream.app]\ntargets = ["{to}"]\nproxy_protocol = "{style}"\n'
-        with guarding(tmp_path, f'{upstream}{CONFIG}mode = "{mode}"\nto = "app"\n') as guard:
-            with alice.line(guard.port) as line:
-                assert line.ask().status == 200
-                source = Address(*line.tls.getsockname())
-                destination = Address("127.0.0.1", guard.port)
+        with (
+            guarding(tmp_path, f'{upstream}{CONFIG}mode = "{mode}"\nto = "app"\n') as guard,
+            alice.line(guard.port) as line,
+        ):
+            assert line.ask().status == 200
+            source = Address(*line.tls.getsockname())
+            destination = Address("127.0.0.1", guard.port)
         read = read_proxy(bytes(app.received))
     assert read is not None
     proxied, used = read
@@ -373,4 +381,3 @@ def test_a_body_may_only_be_so_large(tmp_path: Path) -> None:
             line.tls.sendall(head + chunks)
             assert line.answer().error == (413, "http.body_too_large")
         assert b"y" not in re.sub(rb"(?s)\A.*?\r\n\r\n", b"", bytes(app.received))
-

@@ -238,7 +238,8 @@ def fuzz_proxy(data: bytes) -> None:
 
 def fuzz_hello(data: bytes) -> None:
     """A hello is the same however its bytes are cut."""
-    assert _hello([data]) == _hello([data[at : at + 1] for at in range(len(data))])
+    step = 1 if len(data) < 400 else 29
+    assert _hello([data]) == _hello([data[at : at + step] for at in range(0, len(data), step)])
     assert _hello([data]) == _hello([data[:11], data[11:]])
 
 

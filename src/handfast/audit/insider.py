@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 
 from cryptography import x509
 
-from handfast.audit.model import Need, Outcome, not_applicable, unclear
+from handfast.audit.model import Evidence, Need, Outcome, failed, not_applicable, passed, unclear
 from handfast.audit.oracle import Reach, Reply, must_be_refused, reach, worst
 from handfast.audit.runner import Audit
-from handfast.audit.wires import Silence, Wire, answer, ask, shake_hands
+from handfast.audit.wires import Wire, answer, ask, call, shake_hands
 from handfast.errors import Unreachable
 from handfast.testing import TestAuthority, TestLeaf
-from handfast.tls.probe import Offer, Probe, ProbeRefused
+from handfast.tls.probe import Offer, Probe
 
+_AT_ONCE = 3  # attacks beside a good client
+_SLOWER, _SLOW = 10.0, 1.0  # a good client may wait so many times as long, and this many seconds anyway
 _USUAL = ("spiffe://audit/web",)  # who an insider says to be where no accepted client is known
 Bad = tuple[str, TestLeaf]  # what is sent, in words, and the leaf
 
@@ -150,11 +154,47 @@ def talking(audit: Audit, offer: Offer, seconds: float | None = None) -> Iterato
         yield Talk(wire, probe)
 
 
-def took(audit: Audit, client: TestLeaf) -> float | None:
-    """Seconds that a good client waits for its answer; None where it gets none."""
-    began = time.monotonic()
-    with suppress(OSError, Silence, ProbeRefused, Unreachable):
-        reply = audit.call(client, tls12=not audit.look.tls13 and audit.look.tls12)
-        if reach(reply, audit.baseline)[0] is Reach.YES:
-            return time.monotonic() - began
-    return None
+def meanwhile(inside: Inside, said: str, attacks: Sequence[Callable[[], object]]) -> Outcome:
+    """Whether a good client is answered while the attacks are made, a few at a time.
+
+    What counts is its usual wait, so that one slow answer, of this machine's perhaps, accuses nobody.
+    """
+    before = [took(inside) for _ in range(3)]
+    if None in before:
+        return unclear("the good client got no answer before the attack")
+    usual = median(one for one in before if one is not None)
+    during: list[float | None] = []
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        running = [pool.submit(attack) for attack in attacks]
+        try:
+            while not during or not all(one.done() for one in running):
+                during.append(took(inside))
+                if during[-2:] == [None, None]:
+                    return failed("a good client got no answer meanwhile", Evidence.of(said, "twice no answer"))
+        finally:
+            for one in running:
+                one.cancel()
+    waits = [one for one in during if one is not None]
+    if not waits:
+        return failed("a good client got no answer meanwhile", Evidence.of(said, "no answer"))
+    wait = median(waits)
+    got = f"{len(during)} good clients: median {wait:.2f} s, at most {max(waits):.2f} s; {usual:.2f} s before"
+    if wait > max(usual * _SLOWER, _SLOW):
+        return failed(f"a good client had to wait {wait:.1f} s, as a rule", Evidence.of(said, got))
+    return passed("good clients were answered meanwhile", Evidence.of(said, got))
+
+
+def took(inside: Inside) -> float | None:
+    """Seconds from a good client's connection to its answer; None where it gets none. Raises Silence.
+
+    The wait for a turn of ours is left out.
+    """
+    audit = inside.audit
+    try:
+        with audit.connect() as wire:
+            began = time.monotonic()
+            reply, _ = call(wire, audit.offer(inside.client, tls12=versions(audit)[0]), audit.request)
+            waited = time.monotonic() - began
+    except Unreachable:
+        return None
+    return waited if reach(reply, inside.control)[0] is Reach.YES else None

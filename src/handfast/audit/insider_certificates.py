@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from handfast.audit import odd
-from handfast.audit.insider import Bad, Inside, by_authority, by_client, took, versions
+from handfast.audit.insider import Bad, Inside, by_authority, by_client, meanwhile, versions
 from handfast.audit.model import (
     Check,
-    Evidence,
     Need,
     Outcome,
     Remedies,
     Severity,
-    failed,
     not_applicable,
-    passed,
     unclear,
 )
 from handfast.audit.oracle import worst
@@ -33,8 +30,7 @@ from handfast.audit.runner import Audit
 from handfast.testing import Flaw, NameKind, TestAuthority, TestLeaf, names_as
 
 REVOKED_WITHIN = 5.0  # seconds in which a revocation must have come through
-_SLOWER, _SLOW = 10.0, 1.0  # a good client may wait so many times as long, and this many seconds anyway
-_AT_ONCE = 3
+_TIMES = 3  # that each costly certificate is shown
 _HOUR = timedelta(hours=1)
 _STRANGER = "spiffe://audit/nobody-has-this-name"
 
@@ -210,26 +206,8 @@ def _huge_names(inside: Inside) -> Outcome:
 
 def _costly(inside: Inside, bad: list[Bad]) -> Outcome:
     """Whether a good client is answered while the server has these before it. It may take them or not."""
-    audit = inside.audit
-    usual = took(audit, inside.client)
-    if usual is None:
-        return unclear("the good client got no answer before the attack")
-    most = max(usual * _SLOWER, _SLOW)
-    slowest, said = 0.0, ", and ".join(one for one, _ in bad)
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for _, leaf in bad:
-            running = [pool.submit(_odd_call, audit, leaf) for _ in range(_AT_ONCE)]
-            while True:
-                waited = took(audit, inside.client)
-                if waited is None:
-                    return failed("a good client got no answer meanwhile", Evidence.of(said, "no answer"))
-                slowest = max(slowest, waited)
-                if all(one.done() for one in running):
-                    break
-    evidence = Evidence.of(said, f"a good client waited {slowest:.2f} s at most; {usual:.2f} s before")
-    if slowest > most:
-        return failed(f"a good client had to wait {slowest:.1f} s", evidence)
-    return passed("good clients were answered meanwhile", evidence)
+    said = ", and ".join(one for one, _ in bad)
+    return meanwhile(inside, said, [partial(_odd_call, inside.audit, leaf) for _, leaf in bad for _ in range(_TIMES)])
 
 
 def _odd_call(audit: Audit, leaf: TestLeaf) -> None:

@@ -216,7 +216,9 @@ def _site_keys(route: Table) -> dict[str, Key]:
             kinds.many(kinds.SERVER_NAME, "DNS names, as app.example.com or *.example.com"),
             "The TLS server names that the site stands for; none: any.",
         ),
-        "default": Key(kinds.FLAG, "Takes the clients that send no server name; a listener's only site does so anyway."),
+        "default": Key(
+            kinds.FLAG, "Takes the clients that send no server name; a listener's only site does so anyway."
+        ),
         "cert": Key(
             kinds.PATH, "The server's certificate in PEM, followed by those up to its root.", default="required"
         ),

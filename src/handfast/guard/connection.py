@@ -225,7 +225,7 @@ class Connection(asyncio.Protocol):
             self.end_trust(failure)
 
     def drain(self) -> None:
-        """Finish what is under way, and nothing more. Who is coming in may ask once: in a hand-over nobody is refused."""
+        """Finish what is under way, and nothing more. Who is coming in may ask once: a hand-over refuses nobody."""
         if self._session is not None:
             self._session.finish()
         elif isinstance(self._state, Handshaking | Announced):

@@ -13,7 +13,7 @@ from time import monotonic
 
 from h2.config import H2Configuration
 from h2.connection import H2Connection
-from h2.exceptions import DenialOfServiceError
+from h2.exceptions import DenialOfServiceError, FrameTooLargeError
 from h2.frame_buffer import FrameBuffer
 from h2.settings import SettingCodes, Settings
 from hpack import Decoder, Encoder, HeaderTuple
@@ -28,6 +28,7 @@ STREAM_WINDOW = 1 << 18  # bytes of a request's body that wait for the app, of e
 CONNECTION_WINDOW = 1 << 20  # and of all streams together
 _LARGEST = 1 << 16  # bytes of a DATA frame of ours, where the peer takes so many: others want their turn
 TABLE = 4096  # bytes of a header table, RFC 9113 6.5.2's default; a peer's larger wish is not followed
+_HEADER = 9  # bytes of a frame's head, RFC 9113 4.1
 _CLOSED = 512  # streams that are remembered when they are over
 
 # How many, and how many more a second. The tables of others for the same: nghttp2 takes 1,000 resets and 33 a second;
@@ -111,7 +112,13 @@ class Frames:
         return self
 
     def __next__(self) -> Frame:
-        frame = next(self._reader)
+        frame = next(self._reader, None)
+        if frame is None:
+            # The library looks at a frame's length when all of it has come: up to 16 MiB that it would keep.
+            begun = self._reader._data
+            if len(begun) >= _HEADER and int.from_bytes(begun[:3], "big") > self._reader.max_frame_size:
+                raise FrameTooLargeError("a frame larger than agreed")
+            raise StopIteration
         self.count += 1
         if isinstance(frame, DataFrame):
             if frame.data:

@@ -171,6 +171,8 @@ def confine(
         finally:
             os.close(ruleset)
     except OSError as error:
+        if error.errno == errno.E2BIG:  # LANDLOCK_MAX_NUM_LAYERS, landlock(7): inherited over as many hand-overs
+            return "confined by Landlock as the process before this one was"
         raise _not_confined(os.strerror(error.errno or 0).lower()) from None
     return _sentence(abi, missing, ports=bind is not None or connect is not None)
 

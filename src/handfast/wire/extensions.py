@@ -172,7 +172,7 @@ def read_numbers(reader: Reader, octets: int) -> tuple[int, ...]:
 
 def read_names(reader: Reader) -> tuple[bytes, ...]:
     """Take the distinguished names that are left, in DER; `MAX_VALUES` at most. Raises Malformed."""
-    found = []
+    found: list[bytes] = []
     while reader.left and len(found) < MAX_VALUES:
         found.append(reader.vector(2))
     return tuple(found)
