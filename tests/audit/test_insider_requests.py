@@ -42,6 +42,23 @@ def test_a_host_that_is_not_the_server_name(authority: TestAuthority, known: Mea
     assert finding.outcome.verdict is Verdict.FAIL, finding.outcome
 
 
+def test_a_host_that_the_proxy_does_not_have(authority: TestAuthority, known: Means, tmp_path: Path) -> None:
+    """A proxy's own 404 is no hole: with an echo that is seen, and without one it is left open."""
+
+    def known_host(head: bytes) -> bytes:
+        ours = b"\r\nHost: localhost\r\n" in head and b" https://" not in head
+        return head if ours else answer(b"no such host", "404 Not Found")
+
+    with application(echo) as app, proxy(authority, tmp_path, app, known_host) as port:
+        told = found_at("insider.other-host", port, known, echo="/echo")
+        untold = found_at("insider.other-host", port, known)
+    assert told.outcome.verdict is Verdict.PASS, told.outcome
+    assert untold.outcome.verdict is Verdict.INCONCLUSIVE, untold.outcome
+    with application(echo) as app, proxy(authority, tmp_path, app) as port:
+        hole = found_at("insider.other-host", port, known, echo="/echo")
+    assert hole.outcome.verdict is Verdict.FAIL, hole.outcome
+
+
 @pytest.mark.parametrize("check", ["other-host", "other-authority"])
 def test_nginx_can_be_told(authority: TestAuthority, known: Means, tmp_path: Path, check: str) -> None:
     """nginx as our remedy has it beats it back."""

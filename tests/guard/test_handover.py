@@ -78,7 +78,7 @@ async def main():
         [wait.cancel() for wait in waits]
         if asked.is_set() and not stop.is_set():
             asked.clear()
-            limit = 0.5 if mode or os.path.exists("mode") else 20
+            limit = 0.5 if os.path.exists("mode") and open("mode").read() == "silent" else 20
             command = ["/no/such/program"] if os.path.exists("gone") else own_command()
             outcome = await asyncio.to_thread(hand_over, {"main": plugs}, command, dict(os.environ), limit)
             if isinstance(outcome, Handed):

@@ -93,17 +93,28 @@ def _other_host(inside: Inside) -> Outcome:
         return not_applicable(NO_HTTP)
     if audit.target.sni is None:
         return not_applicable("no server name is asked for, so no Host can differ from it: --sni NAME")
-    tries = []
+    tries, path = [], audit.target.echo or audit.target.path
     for name in _other_names(audit):
-        for said, request in (
-            (f"Host: {name}", request_to(audit, audit.target.path, "Connection: close", host=name)),
-            (
-                f"the request target https://{name}{audit.target.path}",
-                request_to(audit, f"https://{name}{audit.target.path}", "Connection: close"),
-            ),
+        for said, asked_for, host in (
+            (f"Host: {name}", path, name),
+            (f"the request target https://{name}{path}", f"https://{name}{path}", None),
         ):
-            tries.append(inside.judge(f"server name {audit.target.sni}, then {said}", _asked(inside, request)))
+            request = request_to(audit, asked_for, f"X-Audit: {MARK}", "Connection: close", host=host)
+            tries.append(_misdirected(inside, f"server name {audit.target.sni}, then {said}", _asked(inside, request)))
     return worst(tries)
+
+
+def _misdirected(inside: Inside, said: str, reply: Reply) -> Outcome:
+    """The outcome of a request for another host. A proxy's own 404 for a host that it does not have is no hole."""
+    if reply.status is not None and reply.status not in REFUSALS and inside.audit.target.echo is not None:
+        evidence = Evidence.of(said, str(reply))
+        if MARK.encode() in reply.data:
+            return failed("the application was reached", evidence)
+        return passed(f"the server answered with HTTP {reply.status}, and asked no application", evidence)
+    if reply.status == 404 and inside.control.status != 404:
+        why = "HTTP 404 may be the server's own or the application's; name an echo with --echo"
+        return unclear(why, Evidence.of(said, str(reply)))
+    return inside.judge(said, reply)
 
 
 def _other_names(audit: Audit) -> list[str]:
@@ -122,19 +133,17 @@ def _other_authority(inside: Inside) -> Outcome:
     own = audit.target.sni
     if own is None:
         return not_applicable("no server name is asked for, so no :authority can differ from it: --sni NAME")
-    asked = [
-        (f":authority {own}", h2_head(audit, own)),
-        *((f":authority {name}", h2_head(audit, name)) for name in _other_names(audit)),
-        (f":authority {own}, Host: {NOBODY}", [*h2_head(audit, own), (b"host", NOBODY.encode())]),
-    ]
-    replies = h2_asked(inside, [(head, b"") for _, head in asked])
+    path, mark = audit.target.echo or audit.target.path, (b"x-audit", MARK.encode())
+    asked = [(f":authority {name}", h2_head(audit, name, path)) for name in (own, *_other_names(audit))]
+    asked.append((f":authority {own}, Host: {NOBODY}", [*h2_head(audit, own, path), (b"host", NOBODY.encode())]))
+    replies = h2_asked(inside, [([*head, mark], b"") for _, head in asked])
     if replies is None:
         return not_applicable(NO_HTTP2)
     if reach(replies[0], inside.control)[0] is not Reach.YES:
         return unclear(f"a good request over HTTP/2 is not answered ({replies[0]}), so nothing is shown")
     return worst(
         [
-            inside.judge(f"server name {own}, then {said}", reply)
+            _misdirected(inside, f"server name {own}, then {said}", reply)
             for (said, _), reply in zip(asked[1:], replies[1:], strict=True)
         ]
     )

@@ -197,7 +197,7 @@ def _kept_open(inside: Inside, leaf: TestLeaf, ends: Callable[[], None], how: st
         first = talk.ask(request)
         if reach(first, inside.control)[0] is not Reach.YES:
             return unclear(f"the good certificate did not get in ({first}), so nothing is shown")
-        if b"\r\nconnection: close" in first.data.lower():
+        if b"\r\nconnection: close" in first.data.partition(b"\r\n\r\n")[0].lower():
             return not_applicable("the server closes every connection after one answer")
         ends()
         until = time.monotonic() + within

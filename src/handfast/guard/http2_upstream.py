@@ -75,7 +75,7 @@ class Call:
 
     def pump(self) -> None:
         """Send what the app takes."""
-        if not self._app.full and self.stream is not None:
+        if self.stream is not None and not self._app.full and not self._app.closed:
             self.stream.taken(self.out.pump())
             self._app.touch()
 
@@ -86,6 +86,7 @@ class AppConnection:
     def __init__(self, session: Http2Session, upstreams: Upstreams) -> None:
         self.upstreams = upstreams
         self.retired = False  # takes no more calls
+        self.closed = False  # nothing can be sent any more
         self.full = False  # the way to the app is
         self.machine, self.frames = machine(client_side=True)
         self._session = session
@@ -121,7 +122,7 @@ class AppConnection:
 
     def pay(self, call: Call, credit: int) -> None:
         """The client took so much of an answer: the app may send as much more."""
-        if credit:
+        if credit and not self.closed:
             self.machine.acknowledge_received_data(credit, call.out.id)
             self.touch()
 
@@ -140,7 +141,7 @@ class AppConnection:
 
     def drop(self) -> None:
         """Close it; what is under way on it is somebody else's worry."""
-        self.retired = True
+        self.retired = self.closed = True
         if self._dialling is not None:
             self._dialling.cancel()
             self._dialling = None
@@ -316,7 +317,7 @@ class AppConnection:
         if self.retired and self.idle and self._upstream is not None:
             self.flush()
             self._upstream.close()
-            self._upstream = None
+            self._upstream, self.closed = None, True
             self._session.leave(self)
 
     def _pump_all(self) -> None:
@@ -325,6 +326,6 @@ class AppConnection:
 
     def _reset(self, identifier: int, code: int) -> None:
         stream = self.machine.streams.get(identifier)
-        if stream is not None and not stream.closed:
+        if stream is not None and not stream.closed and not self.closed:
             self.machine.reset_stream(identifier, code or ErrorCodes.CANCEL)
             self.touch()
