@@ -254,7 +254,7 @@ def _stunnel_version() -> str:
     lines = [
         line for line in _says(_found("stunnel"), "-version") if line.startswith(("stunnel", "Running", "Compiled"))
     ]
-    return f"{lines[0].split()[1]}, {lines[-1].strip()}"
+    return f"{lines[0].split()[1]}, {' '.join(lines[-1].split())}"
 
 
 # Envoy. It reads JSON as well as YAML.
@@ -359,7 +359,8 @@ def _envoy_command(place: Place) -> list[str]:
 
 
 def _envoy_version() -> str:
-    return _says(str(_envoy_program()), "--version")[-1].strip().rpartition(": ")[2].partition("/")[2] or "?"
+    said = " ".join(_says(str(_envoy_program()), "--version"))  # … version: COMMIT/1.40.0/Clean/RELEASE/BoringSSL
+    return said.strip().rpartition(": ")[2].partition("/")[2]
 
 
 def install_envoy() -> None:

@@ -254,11 +254,13 @@ def _readings(audited: Sequence[Audited], checks: Sequence[Check], verdict: Verd
         if not found:
             continue
         lines += [f"### `{check.id}`", "", check.attack, ""]
+        said: dict[str, list[str]] = {}
         for one in found:
             reading = READINGS.get((check.id, one.peer.key)) or READINGS.get((check.id, "*"), "")
             why = " ".join(one.finding(check.id).outcome.why.split())
             checked = "With the settings below it is beaten back: checked." if check.id in one.closed else ""
-            lines.append(" ".join(f"- **{one.peer.name}**: {why}. {checked} {reading}".split()))
+            said.setdefault(" ".join(f"{why}. {checked} {reading}".split()), []).append(one.peer.name)
+        lines += [f"- **{', '.join(names)}**: {text}" for text, names in said.items()]
         lines.append("")
     return lines
 

@@ -76,8 +76,7 @@ class Checking:
 
     def _finish(self, verdict: Verdict) -> None:
         connection = self._connection
-        if connection.guard.draining or connection.transport.is_closing():
-            connection.abort()
+        if connection.transport.is_closing():
             return
         connection.transport.resume_reading()
         self._go_on(connection, self._accepted, verdict)

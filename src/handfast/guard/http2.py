@@ -47,7 +47,7 @@ from handfast.wire.identity import fold
 if TYPE_CHECKING:
     from handfast.guard.connection import Connection
 
-_KEPT = 8  # connections to HTTP/1.1 apps that wait for the next request
+_KEPT = 16  # connections to HTTP/1.1 apps that wait for the next request
 _REST = 10.0  # seconds without a request after which the connections to apps are given back
 _MOST_KNOWN, _LONGEST_KNOWN = 16, 2048  # requests that are remembered, and bytes of their header lists
 _SECRET = frozenset({b"authorization", b"cookie", b"proxy-authorization"})  # RFC 7541 7.1.3: never in a table
@@ -93,6 +93,8 @@ class Http2Session:
     def start(self) -> None:
         """Say the first words, and read what came along with the last of the handshake."""
         self.connection.set_deadline(self.connection.limits.idle)
+        if self.connection.guard.draining:  # who came in as the guard was told to stop may ask all the same
+            self.connection.hurry()
         self._read()
 
     # The client's side.
@@ -365,7 +367,7 @@ class Http2Session:
         self._streams.pop(stream.id, None)
         if self._streams or self._closed:
             return
-        if self._finishing:
+        if self._finishing or self.connection.guard.draining:
             self._close()
         else:
             self.connection.set_deadline(min(_REST, self.connection.limits.idle))

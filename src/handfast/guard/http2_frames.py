@@ -80,8 +80,9 @@ class Frames:
     A GOAWAY is kept here and not handed on, since `h2` would let nothing through after it.
     """
 
-    def __init__(self, reader: FrameBuffer) -> None:
+    def __init__(self, reader: FrameBuffer, *, count_resets: bool) -> None:
         self._reader = reader
+        self._count_resets = count_resets  # those of an app are its answers: a gRPC server may end each call with one
         self._resets = _Budget("resets", *_RESETS)
         self._quiet = _Budget("frames that ask for nothing", *_QUIET)
         self.count = 0
@@ -129,7 +130,8 @@ class Frames:
             if len(frame.data) > MAX_LIST or _SIZES.match(frame.data):
                 raise Flood("bytes of headers")
         elif isinstance(frame, RstStreamFrame):
-            self._resets.spend()
+            if self._count_resets:
+                self._resets.spend()
         else:
             self._quiet.spend()
             if isinstance(frame, GoAwayFrame):
@@ -226,7 +228,7 @@ def machine(*, client_side: bool) -> tuple[H2Connection, Frames]:
             normalize_outbound_headers=False,
         )
     )
-    frames = Frames(made.incoming_buffer)
+    frames = Frames(made.incoming_buffer, count_resets=not client_side)
     made.incoming_buffer = frames  # type: ignore[assignment]  # as much of a FrameBuffer as `h2` uses
     made.encoder = _Packer()  # type: ignore[assignment]  # likewise
     made.decoder = _Unpacker()  # type: ignore[assignment]  # likewise
