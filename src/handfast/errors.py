@@ -373,7 +373,7 @@ class Reason(Enum):
     UPSTREAM_TLS = Row(
         "upstream.tls",
         "no TLS with {target}: {detail}",
-        "look at it: handfast inspect HOST:PORT; trust its authority with ca = FILE, name it with server_name or expect",
+        "handfast inspect HOST:PORT shows it; trust its authority with ca = FILE, name it with server_name or expect",
         Exit.UNREACHABLE,
         502,
     )

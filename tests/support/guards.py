@@ -14,10 +14,10 @@ from typing import Any
 
 import uvloop
 
+from handfast.guard.connection import Limits, Listener
 from handfast.guard.events import EventLog
 from handfast.guard.limits import Gate
 from handfast.guard.places import Place, parse_target
-from handfast.guard.connection import Limits, Listener
 from handfast.guard.routes import Snapshot, one_site
 from handfast.guard.service import Guard, bind
 from handfast.guard.upstream import Backend, Upstreams

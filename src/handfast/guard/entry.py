@@ -13,7 +13,8 @@ from handfast.guard.checking import Checking
 from handfast.guard.door import Door
 from handfast.guard.events import cut, refusal_body, told
 from handfast.guard.http import HttpSession
-from handfast.guard.http2 import Http2Refusing, Http2Session
+from handfast.guard.http2 import Http2Session
+from handfast.guard.http2_refusing import Http2Refusing
 from handfast.guard.ocsp import Verdict
 from handfast.guard.tunnel import Tunnel
 from handfast.pki.certificates import label, serial_text

@@ -443,7 +443,6 @@ def _take(bio: Any) -> bytes:
 
 def _prove(context: ServerContext) -> None:
     """Run a handshake in memory with a client that shows no certificate: it must get as far as being judged."""
-    required = context.settings.client_auth is ClientAuth.REQUIRED
     client_context = SSL.Context(SSL.TLS_CLIENT_METHOD)
     client_context.set_verify(SSL.VERIFY_NONE)
     client = SSL.Connection(client_context, None)
