@@ -1,0 +1,82 @@
+"""PostgreSQL behind the guard, its client behind the connector: what the manual's page promises."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from handfast.policy import parse_policy
+from tests.connector.kit import Calling, generation
+from tests.support.certs import Ca
+from tests.support.guards import Running
+from tests.support.programs import program
+
+
+def _as_postgres() -> list[str]:
+    """initdb and postgres refuse to run as root."""
+    return ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """A PostgreSQL server on a port of loopback."""
+    folder = tmp_path_factory.mktemp("pg")
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1]
+    if os.geteuid() == 0:
+        owner = pwd.getpwnam("postgres")
+        os.chown(folder, owner.pw_uid, owner.pw_gid)
+        for above in folder.parents:  # pytest's folders are 0700
+            if above == Path("/tmp"):
+                break
+            above.chmod(0o711)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    data = folder / "data"
+    subprocess.run(
+        [*_as_postgres(), str(programs / "initdb"), "-D", str(data), "-A", "trust", "-U", "postgres", "--no-sync"],
+        check=True,
+        capture_output=True,
+        cwd=folder,
+    )
+    start = [*_as_postgres(), str(programs / "pg_ctl"), "-D", str(data), "-w", "-l", str(folder / "log"), "-o"]
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
+    subprocess.run([*start, options, "start"], check=True, stdout=subprocess.DEVNULL, cwd=folder)
+    try:
+        yield port
+    finally:
+        stop = [*_as_postgres(), str(programs / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop"]
+        subprocess.run(stop, check=True, stdout=subprocess.DEVNULL, cwd=folder)
+        shutil.rmtree(data, ignore_errors=True)
+
+
+def _ask(address: str, statement: str) -> subprocess.CompletedProcess[str]:
+    host, _, port = address.rpartition(":")
+    where = f"host={host} port={port} user=postgres dbname=postgres sslmode=disable connect_timeout=10"
+    return subprocess.run(
+        [program("psql"), where, "-X", "-A", "-t", "-c", statement], capture_output=True, text=True, timeout=30
+    )
+
+
+def test_a_database_is_asked_through_connector_and_guard(database: int, tmp_path: Path) -> None:
+    """psql gets its answer, a large one too; a client whose name no rule allows gets none, and the log says why."""
+    ca = Ca.root()
+    policy = parse_policy(["spiffe://test/web"])
+    with Running(ca, f"tcp://127.0.0.1:{database}", policy) as guard:
+        with Calling(guard.address, generation(ca, ca.client())) as calling:
+            assert _ask(calling.address, "select 6 * 7").stdout.strip() == "42"
+            rows = _ask(calling.address, "select repeat('x', 100) from generate_series(1, 20000)").stdout
+            assert rows.count("x" * 100) == 20_000
+        with Calling(guard.address, generation(ca, ca.client("spiffe://test/other"))) as calling:
+            refused = _ask(calling.address, "select 1")
+            assert refused.returncode != 0
+            assert "server closed the connection" in refused.stderr
+        while (event := guard.events.next("connection"))["decision"] != "deny":
+            pass
+        assert event["reason"] == "policy.no_rule"
