@@ -11,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # What the tests run beside us: command -> Debian package.
 PROGRAMS := openssl:openssl curl:curl nginx:nginx-light chromium:chromium certutil:libnss3-tools \
-	tshark:tshark systemd-socket-activate:systemd systemd-analyze:systemd
+	tshark:tshark systemd-socket-activate:systemd systemd-analyze:systemd psql:postgresql-client pg_ctlcluster:postgresql
 
 .PHONY: demo check test docs bench bench-guard bench-audit programs clean
 

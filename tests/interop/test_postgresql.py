@@ -56,9 +56,8 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         shutil.rmtree(data, ignore_errors=True)
 
 
-def _ask(address: str, statement: str) -> subprocess.CompletedProcess[str]:
-    host, _, port = address.rpartition(":")
-    where = f"host={host} port={port} user=postgres dbname=postgres sslmode=disable connect_timeout=10"
+def _ask(port: int, statement: str) -> subprocess.CompletedProcess[str]:
+    where = f"host=127.0.0.1 port={port} user=postgres dbname=postgres sslmode=disable connect_timeout=10"
     return subprocess.run(
         [program("psql"), where, "-X", "-A", "-t", "-c", statement], capture_output=True, text=True, timeout=30
     )
@@ -70,11 +69,11 @@ def test_a_database_is_asked_through_connector_and_guard(database: int, tmp_path
     policy = parse_policy(["spiffe://test/web"])
     with Running(ca, f"tcp://127.0.0.1:{database}", policy) as guard:
         with Calling(guard.address, generation(ca, ca.client())) as calling:
-            assert _ask(calling.address, "select 6 * 7").stdout.strip() == "42"
-            rows = _ask(calling.address, "select repeat('x', 100) from generate_series(1, 20000)").stdout
+            assert _ask(calling.port, "select 6 * 7").stdout.strip() == "42"
+            rows = _ask(calling.port, "select repeat('x', 100) from generate_series(1, 20000)").stdout
             assert rows.count("x" * 100) == 20_000
         with Calling(guard.address, generation(ca, ca.client("spiffe://test/other"))) as calling:
-            refused = _ask(calling.address, "select 1")
+            refused = _ask(calling.port, "select 1")
             assert refused.returncode != 0
             assert "server closed the connection" in refused.stderr
         while (event := guard.events.next("connection"))["decision"] != "deny":
