@@ -66,7 +66,7 @@ def test_nobody_else_makes_a_verified_peer() -> None:
     """A VerifiedPeer cannot be built by hand."""
     identity = Identity("x", Name(Kind.DNS, "x"))
     with pytest.raises(TypeError, match="only"):
-        VerifiedPeer(identity, (), (), NOW, proof=object())
+        VerifiedPeer(identity, (), (), NOW, (), proof=object())
 
 
 def test_our_rules_hold_against_a_judge_that_says_yes() -> None:

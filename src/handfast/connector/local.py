@@ -88,6 +88,7 @@ class Local(asyncio.Protocol):
         """See asyncio.Protocol."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop's are no subclasses of it
         self._opened = self._moved = monotonic()
+        self._connector.opening.discard(self)
         self._connector.connections.add(self)
         self._have(self._begin)
 

@@ -56,6 +56,7 @@ class Connector:
     uids: frozenset[int] = frozenset()
     look: Callable[[datetime], Generation | HandfastError | None] | None = None
     connections: set[Local] = field(default_factory=set)
+    opening: set[Local] = field(default_factory=set)  # accepted, and not among the connections yet
     hurried: bool = False  # set while it stops: end at once what is open
     pool: Pool = field(init=False)
     _plugs: list[socket.socket] = field(default_factory=list)
@@ -146,20 +147,24 @@ class Connector:
         failure = None
         if self.uids and (peer is None or peer[0] not in self.uids):
             failure = Failure(Reason.CONNECT_USER, {"uid": "?" if peer is None else peer[0]})
-        elif len(self.connections) + len(self._tasks) >= self.limits.connections:
+        elif len(self.connections) + len(self.opening) >= self.limits.connections:
             failure = Failure(Reason.CONNECT_FULL, {"limit": self.limits.connections})
         if failure is not None:
             self._turn_away(plug, failure, who)
             return
-        task = asyncio.get_running_loop().create_task(self._take(plug, who))
+        local = Local(self, who)
+        self.opening.add(local)
+        task = asyncio.get_running_loop().create_task(self._take(plug, local))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _take(self, plug: socket.socket, who: dict[str, Any]) -> None:
+    async def _take(self, plug: socket.socket, local: Local) -> None:
         try:
-            await asyncio.get_running_loop().connect_accepted_socket(lambda: Local(self, who), plug)
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: local, plug)
         except OSError:  # it was gone by then
             plug.close()
+        finally:
+            self.opening.discard(local)
 
     def _turn_away(self, plug: socket.socket, failure: Failure, who: dict[str, Any]) -> None:
         plug.close()

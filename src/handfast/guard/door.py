@@ -50,7 +50,7 @@ class Door:
     """See the module's docstring. `headers` tell the app who calls; every other spelling of them is taken out."""
 
     __slots__ = (
-        *("_connection", "_headers", "_known", "_renew_at", "_server_name", "_site", "_trusted_until"),
+        *("_connection", "_headers", "_headers_of", "_known", "_renew_at", "_server_name", "_site", "_trusted_until"),
         "peer",
     )
 
@@ -62,6 +62,7 @@ class Door:
         self._trusted_until = float("inf") if peer is None else peer.not_after.timestamp()
         self._known: dict[tuple[bytes, bytes, bytes], Admission] = {}
         self._headers: tuple[Header, ...] = ()
+        self._headers_of: Site | None = None  # the site whose headers they are
         self._renew_at = 0.0
 
     def judge(self, method: bytes, path: bytes, host: bytes) -> Admission | Failure:
@@ -78,7 +79,6 @@ class Door:
         if connection.site is not self._site:  # a new snapshot reaches the next request
             self._site = connection.site
             self._known.clear()
-            self._renew_at = 0.0
         known = self._known.get((method, path, host))
         if known is not None:
             return known
@@ -104,8 +104,9 @@ class Door:
 
     def headers(self) -> tuple[Header, ...]:
         """Return the headers for the app; the same tuple for as long as they hold."""
-        if monotonic() >= self._renew_at:
-            site, connection = self._connection.site, self._connection
+        site, connection = self._connection.site, self._connection
+        if site is not self._headers_of or monotonic() >= self._renew_at:
+            self._headers_of = site
             self._renew_at = monotonic() + site.refresh_headers if site.refresh_headers else float("inf")
             self._headers = (
                 (b"X-Forwarded-For", connection.address.rpartition(":")[0].encode()),

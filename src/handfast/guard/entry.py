@@ -85,12 +85,13 @@ class Announced:
 class Handshaking:
     """Before anyone is known: nothing but a TLS handshake is understood."""
 
-    __slots__ = ("_connection", "_early", "_handshake", "_hello")
+    __slots__ = ("_asked", "_connection", "_early", "_handshake", "_hello")
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._handshake: ServerHandshake | None = None  # made with the first byte: a silent client costs little
         self._hello: HelloReader | None = None  # where the site is chosen by the server name
+        self._asked: str | None = None  # the server name that it gave there
         self._early = b""  # what the hello was read from
 
     def received(self, data: bytes) -> None:
@@ -105,6 +106,8 @@ class Handshaking:
                 return
             data, self._early = self._early + data, b""
         outcome = self._handshake.feed(data)
+        if outcome is not None and not self._same_name(outcome):
+            return
         if records := self._handshake.take():
             connection.transport.write(records)
         match outcome:
@@ -150,6 +153,7 @@ class Handshaking:
             if hello is None:
                 self._early += data
                 return None
+            self._asked = hello.server_name
             site = sites.pick(hello.server_name)
             if site is None:
                 name = hello.server_name or "nothing (it sent no server name)"
@@ -157,6 +161,18 @@ class Handshaking:
                 return None
         connection.site = site
         return site.context.accept(lambda: guard.now)
+
+    def _same_name(self, outcome: Accepted | Refused) -> bool:
+        """Whether the handshake was for the site it began with.
+
+        After a HelloRetryRequest the client says hello again, and may change only what RFC 8446 4.1.2 lists. OpenSSL
+        takes the second's server name, when the site's terms are chosen long since.
+        """
+        if self._asked is None or outcome.facts is None or outcome.facts.server_name == self._asked:
+            return True
+        _denied(self._connection, Failure(Reason.TLS_BAD_HELLO, {"detail": "it says hello twice, to two names"}))
+        self._connection.abort()
+        return False
 
     def _turn_away(self, failure: Failure, alert: Alert) -> None:
         _denied(self._connection, failure)

@@ -15,6 +15,7 @@ from handfast.errors import Failure, Reason
 from handfast.guard.door import Admission
 from handfast.guard.events import Logged, Timing, refusal_body, told
 from handfast.guard.http2_frames import Outflow
+from handfast.wire.bodies import BodyKind
 from handfast.wire.http1 import Header, RequestHead
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class Stream:
     def take(self, data: bytes, credit: int, last: bool) -> None:
         """A piece of the request's body."""
         self._held += credit
+        if self._belies_its_length(len(data), last):
+            return
         self.asked = self.asked or last
         if self.carrier is None:  # answered already
             self.taken(credit)
@@ -87,10 +90,26 @@ class Stream:
 
     def take_trailers(self, fields: list[Header]) -> None:
         """The request's end."""
+        if self._belies_its_length(0, True):
+            return
         self.asked = True
         if self.carrier is not None:
             self.carrier.trailers(fields)
             self.wait()
+
+    def _belies_its_length(self, size: int, last: bool) -> bool:
+        """Whether the body is not as long as its head said (RFC 9113 8.1.1); the stream is cut then.
+
+        The library looks at this where DATA ends a request, and not where trailers do. An app that waits for the rest
+        would take the next request on the connection for it: so the connection is reset, for it was not `asked` all.
+        """
+        if self.head is None or self.head.body is not BodyKind.LENGTH or self.carrier is None:
+            return False
+        came = self.timing.bytes_in + size
+        if came == self.head.length or (came < self.head.length and not last):
+            return False
+        self.cut(Failure(Reason.HTTP_FRAMING), ErrorCodes.PROTOCOL_ERROR)
+        return True
 
     def taken(self, credit: int) -> None:
         """So much of the body went on: the client may send as much more."""

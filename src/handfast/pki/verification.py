@@ -124,6 +124,7 @@ class VerifiedPeer:
     names: tuple[Name, ...]  # all that a rule may match: alternative names, common names, the certificate's SHA-256
     path: tuple[x509.Certificate, ...]  # leaf to anchor
     not_after: datetime  # when the first certificate of the path expires: trust ends then
+    measure: tuple[object, ...] = field(repr=False, compare=False)  # what of the terms it was held against
     proof: object = field(repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -173,17 +174,24 @@ def verify(
 def still_trusted(peer: VerifiedPeer, terms: Terms, now: datetime) -> Failure | None:
     """Why a peer that was verified under older terms may not stay under these; None if it may.
 
-    Signatures and names do not change, so it looks at what does: time, revocations, the bundle.
+    Signatures and names do not change, so it looks at what does: time, revocations, the bundle; and at all of our
+    rules where these terms ask for something else than those that the peer was verified under.
     """
     if now >= peer.not_after:
         return Failure(Reason.ENDED_EXPIRED)
     if peer.path[-1] not in terms.bundle.anchors:
         facts = {"subject": label(peer.leaf), "issuer": _issuer_label(peer.path[-1])}
         return Failure(Reason.VERIFY_UNKNOWN_ISSUER, facts)
-    failures = _revoked(peer.path, terms, now)
+    same = _measure(terms) == peer.measure
+    failures = _revoked(peer.path, terms, now) if same else _rules(peer.path, terms, now)
     if any(failure.reason is Reason.VERIFY_REVOKED for failure in failures):
         return Failure(Reason.ENDED_REVOKED)
     return failures[0] if failures else None
+
+
+def _measure(terms: Terms) -> tuple[object, ...]:
+    """What of the terms decides on names and uses, which a change of them decides anew."""
+    return terms.bundle.trust_domain, terms.purpose, terms.name, terms.legacy, terms.depth
 
 
 def name_matches(certificate: x509.Certificate, name: Name) -> bool:
@@ -208,6 +216,7 @@ def _accept(path: tuple[x509.Certificate, ...], terms: Terms) -> VerifiedPeer:
         names=(*names, *cns, Name(Kind.SHA256, fingerprint(leaf))),
         path=path,
         not_after=min(certificate.not_valid_after_utc for certificate in path),
+        measure=_measure(terms),
         proof=_PROOF,
     )
 

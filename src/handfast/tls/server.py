@@ -19,6 +19,7 @@ configuration says otherwise (`tls.configuration`); with OP_NO_TICKET and no ses
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -223,7 +224,7 @@ class ServerContext:
         self.settings = settings
         self.credential = credential
         self._judge = Judge(terms.bundle)
-        self._known: OrderedDict[tuple[bytes, ...], VerifiedPeer] = OrderedDict()
+        self._known: OrderedDict[bytes, VerifiedPeer] = OrderedDict()  # by `_digest`: what was shown may be large
         self._context = _context(credential, terms, settings)
         _prove(self)
 
@@ -237,15 +238,16 @@ class ServerContext:
         Raises VerificationFailed. A chain accepted before under these terms would be accepted again, but for the
         time and for revocation, which are looked at each time.
         """
-        known = self._known.get(ders)
+        digest = _digest(ders)
+        known = self._known.get(digest)
         if known is not None:
             if still_trusted(known, self.terms, now) is None:
                 return known
-            del self._known[ders]
+            del self._known[digest]
         chain = _parse(ders)
         judgement = self._judge(chain) if 0 < len(chain) <= MAX_CHAIN else None
         peer = verify(chain, self.terms, now, judgement)
-        self._known[ders] = peer
+        self._known[digest] = peer
         if len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
         return peer
@@ -407,6 +409,11 @@ def _ders_of(stack: Any, *, owned: bool = False) -> tuple[bytes, ...]:
             _lib.X509_free(certificate)
         _lib.sk_X509_free(stack)
     return ders
+
+
+def _digest(ders: Iterable[bytes]) -> bytes:
+    """What tells a list of certificates from every other."""
+    return hashlib.sha256(b"".join([len(der).to_bytes(4, "big") + der for der in ders])).digest()
 
 
 def _count(stack: Any) -> int:
