@@ -64,8 +64,7 @@ class Draining:
                         buffer += data
                     head, _, buffer = buffer.partition(b"\r\n\r\n")
                     self.lines.append(head.split(b"\r\n")[0])
-                    lines = head.lower().split(b"
-")
+                    lines = head.lower().split(b"\r\n")
                     length = next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), 0)
                     plug.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
                     while len(buffer) < length:
