@@ -7,7 +7,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,15 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection
 from OpenSSL import SSL
 
+from handfast.guard.events import MAX_PENDING, EventLog
 from handfast.guard.routes import Route, Site, Sites, Snapshot
 from handfast.pki import Purpose, Terms, TrustBundle
-from handfast.policy import ALLOW_ANY
+from handfast.policy import ALLOW_ANY, parse_policy
 from handfast.tls.credential import Credential
 from handfast.tls.server import ServerContext, ServerSettings
 from tests.support.apps import App
 from tests.support.certs import Ca, Leaf
-from tests.support.guards import Running
+from tests.support.guards import Events, Running
 
 HELLO_RETRY = bytes.fromhex("CF21AD74E59A6111BE1D8C021E65B891")  # how its random begins, RFC 8446 4.1.3
 
@@ -226,3 +227,46 @@ def test_what_a_client_shows_beside_its_chain_is_not_kept(ca: Ca) -> None:
     assert context.admit(shown, datetime.now(UTC)) is context.admit(shown, datetime.now(UTC))
     assert context.admit(shown[:1], datetime.now(UTC)) is not context.admit(shown, datetime.now(UTC))
     assert {len(key) for key in context._known} == {32}
+
+
+def test_refusals_in_a_row_end_the_connection(ca: Ca, tmp_path: Path) -> None:
+    """A thousand refused requests in one piece get a hundred answers; allowed ones in between begin the count anew."""
+    refused, allowed = (b"GET /%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % path for path in (b"no", b"yes"))
+    with App() as app, Running(ca, app.address, parse_policy(["any GET /yes"])) as guard:
+        context = ssl.create_default_context(cafile=ca.save(tmp_path, "ca"))
+        context.load_cert_chain(*ca.client().save(tmp_path, "web"))
+        host, _, port = guard.address.rpartition(":")
+
+        def answers(sent: bytes, until: int) -> int:
+            plain = socket.create_connection((host, int(port)), timeout=10)
+            with context.wrap_socket(plain, server_hostname="localhost") as tls:
+                tls.sendall(sent)
+                got = b""
+                with contextlib.suppress(ConnectionError, ssl.SSLError):
+                    while got.count(b"HTTP/1.1 ") < until and (data := tls.recv(65536)):
+                        got += data
+            return got.count(b"HTTP/1.1 403") + got.count(b"HTTP/1.1 200")
+
+        assert answers(refused * 1000, 1000) == 100
+        assert answers((refused * 60 + allowed) * 3, 183) == 183
+
+
+def test_what_the_log_cannot_take_is_counted_and_stops_the_guard() -> None:
+    """Lines beyond the bound are lost, the log counts as broken at once, and says how many when it is whole again."""
+    stream = Events()
+    log = EventLog(stream, pretty=False)  # type: ignore[arg-type]  # as much of a stream as is used
+    try:
+        for _ in range(MAX_PENDING // 100_000 + 2):
+            log.emit("event", datetime.now(UTC), {"text": "x" * 100_000})
+        assert log.broken is True
+        taken = MAX_PENDING // 100_100
+        log.flush()
+        for _ in range(taken):
+            stream.next("event")
+        deadline = datetime.now(UTC) + timedelta(seconds=10)
+        while bool(log.broken) and datetime.now(UTC) < deadline:
+            pass
+        log.flush()
+        assert stream.next("log")["lost"] > 0
+    finally:
+        log.close()

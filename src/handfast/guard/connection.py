@@ -148,7 +148,8 @@ class Connection(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)  # uvloop's are no subclasses of it
         self.opened = monotonic()
         name = transport.get_extra_info("peername")
-        self.address = join_address(name[0], name[1]) if isinstance(name, tuple) else ""
+        host = _unmapped(name[0]) if isinstance(name, tuple) else ""
+        self.address = join_address(host, name[1]) if isinstance(name, tuple) else ""
         self.guard.connections.add(self)
         plug = transport.get_extra_info("socket")
         self.guard.crowded(-1 if plug is None else plug.fileno())
@@ -156,7 +157,7 @@ class Connection(asyncio.Protocol):
         self.set_deadline(self.limits.handshake)
         if self.guard.draining:
             self.hurry()
-        if self.listener.proxy_from and self._believed(name):
+        if self.listener.proxy_from and self._believed(host):
             self.become(Announced(self))
         else:
             self.enter()
@@ -378,11 +379,11 @@ class Connection(asyncio.Protocol):
         made |= fields
         self.guard.log.emit(event, self.guard.now, made)
 
-    def _believed(self, name: object) -> bool:
-        """Whether a PROXY header is taken from who connected."""
-        if not isinstance(name, tuple):
-            return True  # over a UNIX socket, whose mode says who may
-        address = ip_address(name[0].partition("%")[0])
+    def _believed(self, host: str) -> bool:
+        """Whether a PROXY header is taken from who connected; over a UNIX socket its mode says who may."""
+        if not host:
+            return True
+        address = ip_address(host.partition("%")[0])
         return any(address in network for network in self.listener.proxy_from)
 
     def _have(self, happen: Callable[..., None], *what: bytes | bool) -> None:
@@ -401,3 +402,8 @@ class Connection(asyncio.Protocol):
         detail = f"{type(bug).__name__}: {bug}"[:200]
         self.event("ended", {"decision": "deny"} | told(Failure(Reason.BUG, {"detail": detail})))
         self.abort()
+
+
+def _unmapped(host: str) -> str:
+    """An IPv4 address that a socket for both tells in IPv6's clothes, as itself (RFC 4291 2.5.5.2)."""
+    return host.removeprefix("::ffff:") if "." in host else host

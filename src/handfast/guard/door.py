@@ -30,6 +30,7 @@ _FORWARDED = frozenset(
     {
         *(b"xforwardedfor", b"xforwardedproto", b"forwarded", b"xrealip", b"xforwardedhost", b"xforwardedport"),
         *(b"xforwardedserver", b"xforwardedscheme", b"xforwardedssl", b"xoriginalhost"),
+        *(b"trueclientip", b"clientip", b"xclientip", b"xclusterclientip", b"cfconnectingip"),
         *(b"scriptname", b"pathinfo"),  # gunicorn takes these from 127.0.0.1 for its own, and moves the path
     }
 )
@@ -64,6 +65,10 @@ class Door:
         self._headers: tuple[Header, ...] = ()
         self._headers_of: Site | None = None  # the site whose headers they are
         self._renew_at = 0.0
+
+    def known(self, method: bytes, path: bytes, host: bytes) -> Admission | None:
+        """What `judge` said of such a request before, if that still holds; it is not judged, nor counted."""
+        return self._known.get((method, path, host)) if self._connection.site is self._site else None
 
     def judge(self, method: bytes, path: bytes, host: bytes) -> Admission | Failure:
         """Judge a request: `path` without query, `host` as `normal_host` gives it. A failure's facts hold `rule`."""

@@ -73,6 +73,8 @@ class EventLog:
         self._lines: list[bytes] = []
         self._second, self._words = 0, b""
         self._batches: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._waiting = 0  # bytes of these
+        self._lost = 0  # lines that were too many
         self._handed = 0  # bytes, counted by the event loop alone
         self._written = 0  # bytes, counted by the writing thread alone
         self._thread = threading.Thread(target=self._write_all, name="handfast-log", daemon=True)
@@ -80,11 +82,11 @@ class EventLog:
 
     def emit(self, event: str, when: datetime, fields: dict[str, Any]) -> None:
         """Take one event. Values are JSON values; None is left out. Raises nothing; see `broken`."""
-        self._lines.append((_pretty if self._pretty else _json)(event, when, fields))
+        self._take((_pretty if self._pretty else _json)(event, when, fields))
 
     def emit_line(self, line: bytes) -> None:
         """Take one event that is a line of JSON already, without `time`; only where `plain`."""
-        self._lines.append(b'{"time":"%b",%b' % (self._stamp(), line))
+        self._take(b'{"time":"%b",%b' % (self._stamp(), line))
 
     @property
     def plain(self) -> bool:
@@ -101,15 +103,25 @@ class EventLog:
 
     def flush(self) -> None:
         """Have written what was collected."""
+        if self._lost and not self.broken:
+            lost, self._lost = self._lost, 0
+            self.emit("log", datetime.now(UTC), {"lost": lost})
         if not self._lines:
             return
         batch = b"".join(self._lines)
         self._lines.clear()
-        if self._handed - self._written + len(batch) > MAX_PENDING:
-            self.broken = True
-            return
+        self._waiting = 0
         self._handed += len(batch)
         self._batches.put(batch)
+
+    def _take(self, line: bytes) -> None:
+        """Keep a line for the next flush. What is too much is counted, and stops the guard."""
+        if self._handed - self._written + self._waiting + len(line) > MAX_PENDING:
+            self.broken = True
+            self._lost += 1
+            return
+        self._waiting += len(line)
+        self._lines.append(line)
 
     def close(self) -> None:
         """Write what is left; wait for it 2 s at most."""

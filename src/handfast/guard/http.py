@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from handfast.guard.connection import Connection
 
 _SAFE = frozenset({b"GET", b"HEAD", b"OPTIONS"})  # RFC 9110 9.2.1: asking twice does what asking once does
+MAX_REFUSALS = 100  # in a row, after which a connection is closed
 REST = 10.0  # seconds without a request after which a connection keeps no more than it must
 _NO_BODY = body_reader(BodyKind.NONE, 0)
 # What is said of one request, and not of those that may follow it on the connection.
@@ -84,6 +85,7 @@ class HttpSession:
             "_head_begun",
             "_reading",
             "_requests",
+            "_refusals",
             "_rested",
             "_unread",
             "_upstream",
@@ -108,6 +110,7 @@ class HttpSession:
         self._closed = False  # all is said
         self._head_begun = False
         self._rested = False
+        self._refusals = 0
         self._count = 0
         self._requests = Requests(door.headers(), strip_override if door.strips_overrides else strip)
         self._answers = Answers()
@@ -221,17 +224,23 @@ class HttpSession:
             self._buffer = plain
             return False
         head, sent = known
-        admission = self._door.judge(head.method, head.path, head.host)
+        before = self._door.known(head.method, head.path, head.host)
         if (
-            not isinstance(admission, Admission)
-            or admission.route.upstreams is not self._upstreams
+            before is None
+            or before.route.upstreams is not self._upstreams
             or self._door.headers() is not self._requests.set_headers
             or self._door.strips_overrides is not (self._requests.strip is strip_override)
         ):
             self._buffer = plain
             return False
+        admission = self._door.judge(head.method, head.path, head.host)
+        if isinstance(admission, Failure):
+            self._count += 1
+            self._deny(head, admission)
+            return True
         connection = self._connection
         self._count += 1
+        self._refusals = 0
         again = sent if head.method in _SAFE else None
         self._exchange = Exchange(self._count, head, admission, _NO_BODY, Timing(monotonic()), again, usual=True)
         connection.set_deadline(self._upstreams.response or connection.limits.response)
@@ -324,8 +333,9 @@ class HttpSession:
 
     def _deny(self, head: RequestHead, failure: Failure) -> bool:
         """Answer a request that may not go on; the connection carries others where that is the policy's word."""
+        self._refusals += 1  # in a row: what a client pipelines is worked off in one turn, which others wait for
         lasting = failure.reason in _OTHERS_MAY and head.body is BodyKind.NONE and head.keep_alive
-        if not lasting or self._finishing:
+        if not lasting or self._finishing or self._refusals >= MAX_REFUSALS:
             self._refuse(failure, head)
             return False
         self._answer(failure, head, close=False)
@@ -335,7 +345,7 @@ class HttpSession:
     # The request, on its way to the app.
 
     def _forward(self, head: RequestHead, admission: Admission) -> None:
-        self._rested = False
+        self._rested, self._refusals = False, 0
         connection, upstreams = self._connection, admission.route.upstreams
         self._requests.set_by(self._door.headers(), strip_override if self._door.strips_overrides else strip)
         sent = self._requests.rewrite(head)

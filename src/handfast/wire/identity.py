@@ -41,6 +41,8 @@ IDENTITY_HEADERS = frozenset(
         b"smuser",  # SiteMinder
         b"oamremoteuser",  # Oracle Access Manager
         b"xspiffeid",
+        *(b"xauthenticateduserid", b"xforwardedname", b"xforwardedsubject", b"xforwardedroles"),
+        *(b"xuser", b"xuserid", b"xusername", b"xuseremail"),
     }
 )
 IDENTITY_PREFIXES = (
@@ -72,13 +74,27 @@ IDENTITY_PREFIXES = (
     b"xwebauth",  # Grafana, Gitea
     b"xconsumer",  # Kong: X-Consumer-Username, -ID
     b"tailscaleuser",
+    b"xmsclientprincipal",  # Azure's Easy Auth
+    b"impersonate",  # Kubernetes: Impersonate-User, -Group, -Extra-*
+    b"xcredential",  # Kong
+    b"xvouch",
+    b"shib",  # Apache's mod_shib, mod_auth_mellon, mod_auth_openidc
+    b"mellon",
+    b"oidcclaim",
+    b"xsslverify",
+    b"xssldn",
+    b"xcertsubject",
+    b"xcertificatesubject",
+    b"xtlscert",
+    b"xclientsdn",
+    b"xmtls",
 )
 
 # With these a client asks the app to see another method or path than the one that the rules judged.
 OVERRIDE_HEADERS = frozenset(
     {
         *(b"xhttpmethodoverride", b"xhttpmethod", b"xmethodoverride", b"xoriginalmethod", b"xforwardedmethod"),
-        *(b"xoriginalurl", b"xrewriteurl", b"xforwardeduri", b"xforwardedpath", b"xforwardedprefix"),
+        *(b"xoriginalurl", b"xoriginaluri", b"xrewriteurl", b"xforwardeduri", b"xforwardedpath", b"xforwardedprefix"),
         *(b"xscriptname", b"xenvoyoriginalpath"),
     }
 )
