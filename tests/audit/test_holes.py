@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 
 import pytest
 
@@ -423,7 +423,7 @@ def _choosing(real: int) -> Serve:
 
 def _repeating(real: int) -> Serve:
     """Notes what a first client and the server said; to the same bytes it then says the same."""
-    told: list[list[tuple[bytes, bytes]]] = []
+    told: list[tuple[list[tuple[bytes, bytes]], Event]] = []  # the turns, and whether all of them are there
     lock = Lock()
 
     def play(connection: socket.socket, first: bytes, turns: list[tuple[bytes, bytes]]) -> None:
@@ -437,11 +437,19 @@ def _repeating(real: int) -> Serve:
     def serve(connection: socket.socket) -> None:
         first = connection.recv(1 << 16)
         with lock:
-            known = next((turns for turns in told if first.startswith(turns[0][0])), None)
+            known = next((one for one in told if first.startswith(one[0][0][0])), None)
         if known is not None:
-            play(connection, first, known)
+            assert known[1].wait(10)
+            play(connection, first, known[0])
             return
         turns: list[tuple[bytes, bytes]] = []
+        whole = Event()
+        try:
+            note(connection, first, turns, whole)
+        finally:
+            whole.set()
+
+    def note(connection: socket.socket, first: bytes, turns: list[tuple[bytes, bytes]], whole: Event) -> None:
         with socket.create_connection(("127.0.0.1", real), 5) as behind:
             behind.settimeout(0.4)
             while first:
@@ -456,7 +464,7 @@ def _repeating(real: int) -> Serve:
                     break
                 if len(turns) == 1:
                     with lock:
-                        told.append(turns)
+                        told.append((turns, whole))
                 first = connection.recv(1 << 16)
 
     return serve
