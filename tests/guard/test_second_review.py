@@ -19,6 +19,7 @@ from h2.connection import H2Connection
 from OpenSSL import SSL
 
 from handfast.guard.events import MAX_PENDING, EventLog
+from handfast.guard.http import MAX_REFUSALS
 from handfast.guard.routes import Route, Site, Sites, Snapshot
 from handfast.pki import Purpose, Terms, TrustBundle
 from handfast.policy import ALLOW_ANY, parse_policy
@@ -230,7 +231,7 @@ def test_what_a_client_shows_beside_its_chain_is_not_kept(ca: Ca) -> None:
 
 
 def test_refusals_in_a_row_end_the_connection(ca: Ca, tmp_path: Path) -> None:
-    """A thousand refused requests in one piece get a hundred answers; allowed ones in between begin the count anew."""
+    """A thousand refused requests in one piece get 256 answers; allowed ones in between begin the count anew."""
     refused, allowed = (b"GET /%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % path for path in (b"no", b"yes"))
     with App() as app, Running(ca, app.address, parse_policy(["any GET /yes"])) as guard:
         context = ssl.create_default_context(cafile=ca.save(tmp_path, "ca"))
@@ -247,8 +248,8 @@ def test_refusals_in_a_row_end_the_connection(ca: Ca, tmp_path: Path) -> None:
                         got += data
             return got.count(b"HTTP/1.1 403") + got.count(b"HTTP/1.1 200")
 
-        assert answers(refused * 1000, 1000) == 100
-        assert answers((refused * 60 + allowed) * 3, 183) == 183
+        assert answers(refused * 1000, 1000) == MAX_REFUSALS
+        assert answers((refused * 150 + allowed) * 3, 453) == 453
 
 
 def test_what_the_log_cannot_take_is_counted_and_stops_the_guard() -> None:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from handfast.guard.connection import Connection
 
 _SAFE = frozenset({b"GET", b"HEAD", b"OPTIONS"})  # RFC 9110 9.2.1: asking twice does what asking once does
-MAX_REFUSALS = 100  # in a row, after which a connection is closed
+MAX_REFUSALS = 256  # in a row, after which a connection is closed
 REST = 10.0  # seconds without a request after which a connection keeps no more than it must
 _NO_BODY = body_reader(BodyKind.NONE, 0)
 # What is said of one request, and not of those that may follow it on the connection.
