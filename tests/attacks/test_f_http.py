@@ -467,8 +467,8 @@ def test_f5_the_end_of_a_large_answer_is_not_lost(attacker: Attacker, ca: Ca) ->
 
 
 def test_f5_without_descriptors_it_waits_and_recovers(attacker: Attacker, ca: Ca) -> None:
-    """F5: with no file descriptor left the guard does not spin and does not crash; when there are some again, the next
-    client is served (ghostunnel#757)."""
+    """F5: with no file descriptor left the guard does not crash; when there are some again, the next client is served
+    (ghostunnel#757). That it does not spin meanwhile is measured of its own process: tests/chaos/test_exhaustion.py."""
     held: list[int] = []
     with App() as app, Running(ca, app.address) as guard:
         assert attacker.call(guard, ca.client()).status == 200
@@ -482,16 +482,13 @@ def test_f5_without_descriptors_it_waits_and_recovers(attacker: Attacker, ca: Ca
                 while True:
                     held.append(os.open("/dev/null", os.O_RDONLY))
             plain.connect(port_of(guard.address))
-            began = time.process_time()
             deadline = time.monotonic() + 1
             until(lambda: time.monotonic() > deadline)
-            spent = time.process_time() - began
         finally:
             for each in held:
                 os.close(each)
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             plain.close()
-        assert spent < 0.7, f"{spent} s of processor time in one second"
         until(lambda: attacker.call(guard, context=context).status == 200)
         assert app.connections >= 2
 
