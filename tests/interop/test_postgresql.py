@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from handfast.policy import parse_policy
@@ -79,3 +80,28 @@ def test_a_database_is_asked_through_connector_and_guard(database: int, tmp_path
         while (event := guard.events.next("connection"))["decision"] != "deny":
             pass
         assert event["reason"] == "policy.no_rule"
+
+
+def test_a_client_that_begins_with_tls_needs_no_connector(database: int, tmp_path: Path) -> None:
+    """libpq 17 and newer speaks to the guard itself, with its protocol named by ALPN; without a certificate it does not."""
+    ca = Ca.root()
+    cert, key = ca.client().save(tmp_path, "web")
+    words = {
+        "host": "localhost",
+        "hostaddr": "127.0.0.1",
+        "user": "postgres",
+        "dbname": "postgres",
+        "sslnegotiation": "direct",
+        "sslmode": "verify-full",
+        "sslrootcert": str(ca.save(tmp_path, "ca")),
+        "connect_timeout": 10,
+    }
+    own = {"sslcert": str(cert), "sslkey": str(key)}
+    policy = parse_policy(["spiffe://test/web"])
+    with Running(ca, f"tcp://127.0.0.1:{database}", policy, alpn=(b"postgresql",)) as guard:
+        port = guard.address.rpartition(":")[2]
+        with psycopg.connect(**words, **own, port=port) as connection:  # type: ignore[arg-type]  # libpq's own words
+            assert connection.execute("select 6 * 7").fetchone() == (42,)
+            assert connection.pgconn.ssl_in_use
+        with pytest.raises(psycopg.OperationalError, match="certificate required"):
+            psycopg.connect(**words, port=port)  # type: ignore[arg-type]  # libpq's own words

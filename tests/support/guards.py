@@ -71,12 +71,13 @@ class Running:
     tls12: bool = False
     gate: Gate | None = None
     proxy_from: tuple[IPv4Network | IPv6Network, ...] = ()
+    alpn: tuple[bytes, ...] = ()  # in TCP mode
 
     def snapshot(self, policy: Policy | None = None, **terms: Any) -> Snapshot:
         """What is in force, or would be with other terms."""
         target = self.upstreams.target
         server = self.server or self.ca.server()
-        alpn = (b"h2", b"http/1.1") if target.http else ()
+        alpn = (b"h2", b"http/1.1") if target.http else self.alpn
         settings = ServerSettings(answer_refusals=target.http, allow_tls12=self.tls12, alpn=alpn)
         bundle = terms.pop("bundle", TrustBundle((self.ca.certificate,), self.trust_domain))
         asked = Terms(bundle, Purpose.CLIENT, legacy=self.legacy, **terms)
