@@ -83,7 +83,7 @@ def test_a_database_is_asked_through_connector_and_guard(database: int, tmp_path
 
 
 def test_a_client_that_begins_with_tls_needs_no_connector(database: int, tmp_path: Path) -> None:
-    """libpq 17 and newer speaks to the guard itself, with its protocol named by ALPN; without a certificate it does not."""
+    """libpq 17 and newer speaks to the guard itself, by ALPN; without a certificate it does not."""
     ca = Ca.root()
     cert, key = ca.client().save(tmp_path, "web")
     words = {
