@@ -12,7 +12,7 @@ from handfast.errors import Reason, RemoteProtocolError
 from handfast.wire.bodies import BodyKind
 from handfast.wire.http1 import RequestHead, parse_request_head, parse_response_head, rewrite_request, rewrite_response
 from handfast.wire.identity import claims_identity
-from handfast.wire.usual import Requests, usual_answer
+from handfast.wire.usual import Answers, Requests, usual_answer
 
 OURS = ((b"Client-Cert", b":AA==:"), (b"X-Forwarded-For", b"127.0.0.1"))
 LINES = (
@@ -117,15 +117,51 @@ def _outcome(parse: Callable[[bytes], RequestHead], head: bytes) -> RequestHead 
         return error.reason
 
 
-def test_another_rule_to_strip_by_is_followed_at_once() -> None:
-    """Header lines that were rewritten under one rule are rewritten anew under the next."""
+def test_headers_that_are_set_anew_are_set_at_once() -> None:
+    """A request that was rewritten with one identity's headers is rewritten anew with the next."""
     head = b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Old: 1\r\n\r\n"
-    memory = Requests(OURS, lambda name: False)
+    memory = Requests(OURS, claims_identity)
     for _ in range(2):
-        assert b"X-Old" in memory.rewrite(memory.parse(head))
-    memory.set_by(memory.set_headers, lambda name: name == b"X-Old")
+        assert b"Client-Cert: :AA==:\r\n" in memory.rewrite(memory.parse(head))
+    assert memory.usual(head) is not None
+    memory.set_by(((b"Client-Cert", b":BB==:"),))
+    assert memory.usual(head) is None
     for _ in range(2):
-        assert b"X-Old" not in memory.rewrite(memory.parse(head))
+        sent = memory.rewrite(memory.parse(head))
+        assert b"Client-Cert: :BB==:\r\n" in sent
+        assert b"AA" not in sent
+
+
+def test_only_what_came_whole_is_known() -> None:
+    """A request that came before is known by all its bytes: one byte more, less or other is not."""
+    head = b"GET /a HTTP/1.1\r\nHost: localhost\r\nX-A: 1\r\n\r\n"
+    memory = Requests(OURS, claims_identity)
+    parsed = memory.parse(head)
+    assert memory.usual(head) is None, "it was parsed, and not yet let through"
+    sent = memory.rewrite(parsed)
+    assert memory.usual(head) == (parsed, sent)
+    for other in (head + b"G", head[:-1], head.replace(b"/a", b"/b"), head.replace(b"X-A: 1", b"X-A: 2"), b""):
+        assert memory.usual(other) is None
+
+
+def test_memories_are_bounded() -> None:
+    """However many requests and answers come, few are kept, and none that is long."""
+    memory, answers = Requests(OURS, claims_identity), Answers()
+    heads = [b"GET /%d HTTP/1.1\r\nHost: localhost\r\n\r\n" % number for number in range(100)]
+    for head in heads:
+        memory.rewrite(memory.parse(head))
+    assert sum(memory.usual(head) is not None for head in heads) <= 8
+    long = b"GET /%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % (b"a" * 4096)
+    memory.rewrite(memory.parse(long))
+    assert memory.usual(long) is None
+    for number in range(100):
+        body = b"x" * (number % 7)
+        whole = b"HTTP/1.1 200 OK\r\nX-Number: %d\r\nContent-Length: %d\r\n\r\n%b" % (number, len(body), body)
+        for data in (whole, whole):
+            found = answers.whole(data)
+            assert found is not None
+            assert found[1] == whole
+        assert answers.whole(whole + b"x") is None
 
 
 def test_a_body_is_never_remembered() -> None:

@@ -1,12 +1,14 @@
 """What each request of a connection must pass before an app learns of it, whichever HTTP brought it.
 
-A Door is made for one verified peer, or for a client that need not say who it is. It keeps what it has judged
-for as long as the snapshot is in force; limits and the end of trust are looked at for every request.
+A Door is made for one verified peer, or for a client that need not say who it is. Limits and the end of trust are
+looked at for every request. What was judged and made for a client before is a `Caller`, which all its connections
+share; it lives as long as the site, which a new snapshot replaces.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +21,13 @@ from handfast.tls.server import Facts
 from handfast.wire.http1 import Header
 from handfast.wire.identity import claims_identity, fold, overrides_request
 from handfast.wire.targets import ambiguous_path, normal_host
+from handfast.wire.usual import Requests
 
 if TYPE_CHECKING:
     from handfast.guard.connection import Connection
 
-_MOST_KNOWN = 64  # requests that a door remembers
+_MOST_KNOWN = 64  # requests of a caller that are remembered
+_MOST_CALLERS = 512  # of a site that are
 _LONGEST_KNOWN = 512  # bytes of a path
 # What a proxy says of the client's side; ours replaces whatever the client sent.
 _FORWARDED = frozenset(
@@ -47,28 +51,58 @@ class Admission:
     note: bytes
 
 
+class Caller:
+    """A client at a site: one peer (or nobody), from one address, under one server name."""
+
+    __slots__ = ("_headers", "_host", "_renew_at", "admitted", "peer", "requests", "site")
+
+    def __init__(self, site: Site, peer: VerifiedPeer | None, host: str) -> None:
+        self.site = site
+        self.peer = peer
+        self.admitted: dict[tuple[bytes, bytes, bytes], Admission] = {}  # by method, path, host
+        self.requests = Requests((), strip_override if site.judges_requests else strip)
+        self._host = host.encode()
+        self._headers: tuple[Header, ...] = ()
+        self._renew_at = 0.0
+
+    def headers(self, now: datetime) -> tuple[Header, ...]:
+        """Return what tells the app who calls; the same tuple for as long as it holds."""
+        if monotonic() >= self._renew_at:
+            refresh = self.site.refresh_headers
+            self._renew_at = monotonic() + refresh if refresh else float("inf")
+            forwarded = ((b"X-Forwarded-For", self._host), (b"X-Forwarded-Proto", b"https"))
+            self._headers = (*forwarded, *self.site.identify(self.peer, now))
+        return self._headers
+
+
 class Door:
     """See the module's docstring. `headers` tell the app who calls; every other spelling of them is taken out."""
 
-    __slots__ = (
-        *("_connection", "_headers", "_headers_of", "_known", "_renew_at", "_server_name", "_site", "_trusted_until"),
-        "peer",
-    )
+    __slots__ = ("_caller", "_connection", "_server_name", "_trusted_until", "peer")
 
     def __init__(self, connection: Connection, site: Site, peer: VerifiedPeer | None, facts: Facts) -> None:
         self.peer = peer
         self._connection = connection
-        self._site = site
         self._server_name = normal_host(facts.server_name) or b"" if facts.server_name else None
         self._trusted_until = float("inf") if peer is None else peer.not_after.timestamp()
-        self._known: dict[tuple[bytes, bytes, bytes], Admission] = {}
-        self._headers: tuple[Header, ...] = ()
-        self._headers_of: Site | None = None  # the site whose headers they are
-        self._renew_at = 0.0
+        self._caller = self._known_at(site)
 
-    def known(self, method: bytes, path: bytes, host: bytes) -> Admission | None:
-        """What `judge` said of such a request before, if that still holds; it is not judged, nor counted."""
-        return self._known.get((method, path, host)) if self._connection.site is self._site else None
+    def _known_at(self, site: Site) -> Caller:
+        """Who this is at a site, as other connections may know already."""
+        key = (id(self.peer), self._connection.host, self._server_name)  # the caller keeps the peer, and so its id
+        caller = site.callers.get(key)
+        if caller is None:
+            if len(site.callers) >= _MOST_CALLERS:
+                site.callers.clear()
+            caller = site.callers[key] = Caller(site, self.peer, self._connection.host)
+        return caller
+
+    @property
+    def caller(self) -> Caller:
+        """The client at the site that is now in force: a new snapshot reaches the next request."""
+        if self._connection.site is not self._caller.site:
+            self._caller = self._known_at(self._connection.site)
+        return self._caller
 
     def judge(self, method: bytes, path: bytes, host: bytes) -> Admission | Failure:
         """Judge a request: `path` without query, `host` as `normal_host` gives it. A failure's facts hold `rule`."""
@@ -81,22 +115,16 @@ class Door:
             failure = gate.admit_request(connection.counted_as, connection.host, monotonic())
             if failure is not None:
                 return failure
-        if connection.site is not self._site:  # a new snapshot reaches the next request
-            self._site = connection.site
-            self._known.clear()
-        known = self._known.get((method, path, host))
+        admitted = self.caller.admitted
+        known = admitted.get((method, path, host))
         if known is not None:
             return known
         judged = self._judge(method, path, host)
         if isinstance(judged, Admission) and len(path) <= _LONGEST_KNOWN:
-            if len(self._known) >= _MOST_KNOWN:
-                self._known.clear()
-            self._known[method, path, host] = judged
+            if len(admitted) >= _MOST_KNOWN:
+                admitted.clear()
+            admitted[method, path, host] = judged
         return judged
-
-    def forget(self) -> None:
-        """Keep nothing of what was judged."""
-        self._known.clear()
 
     def allows(self, method: bytes, path: bytes) -> bool:
         """Whether what is under way may go on under the site now in force (a websocket)."""
@@ -109,19 +137,16 @@ class Door:
 
     def headers(self) -> tuple[Header, ...]:
         """Return the headers for the app; the same tuple for as long as they hold."""
-        site, connection = self._connection.site, self._connection
-        if site is not self._headers_of or monotonic() >= self._renew_at:
-            self._headers_of = site
-            self._renew_at = monotonic() + site.refresh_headers if site.refresh_headers else float("inf")
-            self._headers = (
-                (b"X-Forwarded-For", connection.address.rpartition(":")[0].encode()),
-                (b"X-Forwarded-Proto", b"https"),
-                *site.identify(self.peer, connection.guard.now),
-            )
-        return self._headers
+        return self.caller.headers(self._connection.guard.now)
+
+    def requests(self) -> Requests:
+        """Return what reads and rewrites the requests; it sets these headers."""
+        requests = self.caller.requests
+        requests.set_by(self.headers())
+        return requests
 
     def _judge(self, method: bytes, path: bytes, host: bytes) -> Admission | Failure:
-        site = self._site
+        site = self._connection.site
         if (self._server_name is not None and self._server_name != host) or not site.answers(host):
             return Failure(Reason.HTTP_MISDIRECTED)
         if site.judges_paths and ambiguous_path(path):

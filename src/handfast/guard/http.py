@@ -18,7 +18,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from handfast.errors import Failure, Reason, RemoteProtocolError
-from handfast.guard.door import Admission, Door, strip, strip_override
+from handfast.guard.door import Admission, Door
 from handfast.guard.events import Logged, Timing, refusal_body, told
 from handfast.guard.places import Speech
 from handfast.guard.upstream import SecureUpstream, Upstream, Upstreams
@@ -34,7 +34,6 @@ from handfast.wire.http1 import (
     rewrite_response,
     stays_open,
 )
-from handfast.wire.usual import Answers, Requests
 
 if TYPE_CHECKING:
     from handfast.guard.connection import Connection
@@ -77,14 +76,13 @@ class HttpSession:
     """A connection that may carry requests: it cannot be made without a Door."""
 
     __slots__ = (
-        *("_answers", "_blocked", "_buffer", "_channel", "_closed", "_connection", "_count", "_dialling", "_door"),
+        *("_blocked", "_buffer", "_channel", "_closed", "_connection", "_count", "_dialling", "_door"),
         *(
             "_exchange",
             "_finishing",
             "_full",
             "_head_begun",
             "_reading",
-            "_requests",
             "_refusals",
             "_rested",
             "_unread",
@@ -112,8 +110,6 @@ class HttpSession:
         self._rested = False
         self._refusals = 0
         self._count = 0
-        self._requests = Requests(door.headers(), strip_override if door.strips_overrides else strip)
-        self._answers = Answers()
 
     def start(self) -> None:
         """Read what came along with the last of the handshake."""
@@ -198,9 +194,6 @@ class HttpSession:
             return
         self._rested = True
         self._drop_upstream()
-        self._requests.forget()
-        self._answers = Answers()
-        self._door.forget()
 
     def still_allowed(self) -> bool:
         """Whether what is under way is: a websocket goes on; another request is judged anyway."""
@@ -208,43 +201,26 @@ class HttpSession:
         return exchange is None or not exchange.tunnel or self._door.allows(exchange.head.method, exchange.head.path)
 
     def _usual(self) -> bool:
-        """Take what came if it is one request like those before it, and its app is there. False: nothing was taken.
+        """Take what came if it is one request like one before it of this client. False: nothing was taken.
 
         All that `_pump` and `_advance` would do for it, in one piece.
         """
-        channel, upstream = self._channel, self._upstream
-        if self._buffer or self._closed or self._blocked or self._full or upstream is None:
+        channel = self._channel
+        if self._buffer or self._closed or self._blocked or self._full:
             return False
         plain = channel.read()
-        if channel.more or channel.at_eof or not plain:
-            self._buffer = plain
-            return False
-        known = self._requests.usual(plain)
-        if known is None or not upstream.usable:
+        known = None if channel.more or channel.at_eof else self._door.requests().usual(plain)
+        if known is None:
             self._buffer = plain
             return False
         head, sent = known
-        before = self._door.known(head.method, head.path, head.host)
-        if (
-            before is None
-            or before.route.upstreams is not self._upstreams
-            or self._door.headers() is not self._requests.set_headers
-            or self._door.strips_overrides is not (self._requests.strip is strip_override)
-        ):
-            self._buffer = plain
-            return False
+        self._count += 1
         admission = self._door.judge(head.method, head.path, head.host)
         if isinstance(admission, Failure):
-            self._count += 1
             self._deny(head, admission)
             return True
-        connection = self._connection
-        self._count += 1
-        self._refusals = 0
         again = sent if head.method in _SAFE else None
-        self._exchange = Exchange(self._count, head, admission, _NO_BODY, Timing(monotonic()), again, usual=True)
-        connection.set_deadline(self._upstreams.response or connection.limits.response)
-        upstream.write(sent)
+        self._begin(Exchange(self._count, head, admission, _NO_BODY, Timing(monotonic()), again, usual=True), sent)
         return True
 
     def _pump(self) -> None:
@@ -308,7 +284,7 @@ class HttpSession:
                     self._head_begun = True
                     self._connection.set_deadline(self._connection.limits.head)
                 return False
-            head = self._requests.parse(self._buffer[:end])
+            head = self._door.requests().parse(self._buffer[:end])
         except RemoteProtocolError as error:
             self._refuse(error.failure)
             return False
@@ -345,10 +321,7 @@ class HttpSession:
     # The request, on its way to the app.
 
     def _forward(self, head: RequestHead, admission: Admission) -> None:
-        self._rested, self._refusals = False, 0
-        connection, upstreams = self._connection, admission.route.upstreams
-        self._requests.set_by(self._door.headers(), strip_override if self._door.strips_overrides else strip)
-        sent = self._requests.rewrite(head)
+        sent = self._door.requests().rewrite(head)
         plain = head.body is BodyKind.NONE and not head.websocket
         exchange = Exchange(
             number=self._count,
@@ -359,8 +332,12 @@ class HttpSession:
             again=sent if plain and head.method in _SAFE else None,
             usual=plain and head.minor == 1 and head.keep_alive and head.method != b"HEAD",
         )
-        self._exchange = exchange
-        connection.set_deadline(upstreams.response or connection.limits.response)
+        self._begin(exchange, sent)
+
+    def _begin(self, exchange: Exchange, sent: bytes) -> None:
+        upstreams = exchange.admission.route.upstreams
+        self._exchange, self._rested, self._refusals = exchange, False, 0
+        self._connection.set_deadline(upstreams.response or self._connection.limits.response)
         if self._upstream is not None and self._upstream.usable and upstreams is self._upstreams:
             self._upstream.write(sent)
         else:
@@ -427,7 +404,7 @@ class HttpSession:
             return
         exchange.again = None
         if exchange.usual and exchange.response is None and not exchange.answer and not self._finishing:
-            known = self._answers.whole(data)
+            known = exchange.admission.route.upstreams.answers.whole(data)
             if known is not None:
                 self._done_usually(exchange, *known)
                 return
@@ -504,7 +481,7 @@ class HttpSession:
         # that asked for a websocket and got none may already speak its language (a way to smuggle).
         may_keep = exchange.body.done and not request.websocket and not self._finishing
         if may_keep and minor and request.keep_alive and request.method != b"HEAD":
-            usual = self._answers.usual(head)
+            usual = exchange.admission.route.upstreams.answers.usual(head)
             if usual is not None:
                 exchange.response, sent = usual
                 exchange.response_body = body_reader(BodyKind.LENGTH, exchange.response.length)

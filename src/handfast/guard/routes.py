@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from handfast.errors import Failure, InvalidInput, Reason
 from handfast.guard.ocsp import OcspChecker
@@ -21,6 +22,9 @@ from handfast.tls.server import MAX_KNOWN, ClientAuth, ServerContext
 from handfast.wire.http1 import Header
 from handfast.wire.identity import client_cert, client_identity
 from handfast.wire.targets import normal_host
+
+if TYPE_CHECKING:
+    from handfast.guard.door import Caller
 
 Identify = Callable[[VerifiedPeer | None, datetime], tuple[Header, ...]]
 
@@ -76,6 +80,11 @@ class Site:
     judges_requests: bool = field(init=False, default=False)
     # Rules about a peer, by the identity in memory of policy and peer, which are kept beside them.
     _about: dict[tuple[int, int], tuple[Policy, VerifiedPeer, list[Rule]]] = field(
+        init=False, default_factory=dict, repr=False, compare=False
+    )
+
+    # Clients by the identity in memory of the peer, their address, and the server name they gave.
+    callers: dict[tuple[int, str, bytes | None], Caller] = field(
         init=False, default_factory=dict, repr=False, compare=False
     )
 

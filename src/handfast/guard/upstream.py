@@ -21,6 +21,7 @@ from handfast.guard.places import Target
 from handfast.guard.schema import HealthConfig
 from handfast.tls.server import Channel, TlsBroken
 from handfast.wire.proxy import proxy_v2
+from handfast.wire.usual import Answers
 
 _RESET = struct.pack("ii", 1, 0)  # socket(7): with a linger time of zero, close sends RST
 _REST = (0.2, 30.0)  # seconds, shortest and longest, that a backend which took no connection is left alone
@@ -105,6 +106,7 @@ class Upstreams:
     proxy: bool = False
     proxy_certificate: bool = False
     health: HealthConfig | None = None
+    answers: Answers = field(default_factory=Answers, repr=False, compare=False)
     _turn: int = field(default=0, repr=False)
 
     @property

@@ -27,9 +27,8 @@ _ANSWER = re.compile(
 )
 _REQUEST_LINE = re.compile(rb"([A-Z]{3,16}) ((/[!\"$->@-~]*+)[!\"$-~]*+) HTTP/1\.1")
 _NOT_HERE = frozenset({b"CONNECT", b"TRACE", b"HEAD"})
-_LONGEST_REMEMBERED = 4096  # bytes of header lines that a connection remembers
-_LONGEST_LINE = 512  # bytes of a request line that it remembers
-_MOST_LINES = 16
+_LONGEST_REMEMBERED = 4096  # bytes of a head that is remembered
+_MOST_REMEMBERED = 8  # heads
 
 
 def usual_answer(head: bytes) -> tuple[ResponseHead, bytes] | None:
@@ -46,20 +45,23 @@ def usual_answer(head: bytes) -> tuple[ResponseHead, bytes] | None:
 
 
 class Answers:
-    """The answers that one connection carries. The head that came last is not read again."""
+    """The answers of one app, on all connections. A head that came lately is not read again."""
 
-    __slots__ = ("_head", "_read")
+    __slots__ = ("_read",)
 
     def __init__(self) -> None:
-        self._head = b""
-        self._read: tuple[ResponseHead, bytes] | None = None
+        self._read: dict[bytes, tuple[ResponseHead, bytes] | None] = {}
 
     def usual(self, head: bytes) -> tuple[ResponseHead, bytes] | None:
         """As `usual_answer`."""
-        if head != self._head or self._read is None:
-            self._read = usual_answer(head)
-            self._head = head if len(head) <= _LONGEST_REMEMBERED else b""
-        return self._read
+        if head in self._read:
+            return self._read[head]
+        read = usual_answer(head)
+        if len(head) <= _LONGEST_REMEMBERED:
+            if len(self._read) >= _MOST_REMEMBERED:
+                self._read.clear()
+            self._read[head] = read
+        return read
 
     def whole(self, data: bytes) -> tuple[ResponseHead, bytes] | None:
         """Return a usual answer's head and all that is sent for it, if `data` is one whole answer; else None."""
@@ -73,25 +75,26 @@ class Answers:
 
 
 class Requests:
-    """The requests of one connection, read and rewritten. What it has just seen is not read again.
+    """The requests of one client, read and rewritten. What came lately is not read again.
 
     `set_headers` and `strip` are as for `rewrite_request`.
     """
 
-    __slots__ = ("_by_line", "_head", "_lines", "_rest", "set_headers", "strip")
+    __slots__ = ("_came", "_head", "_known", "_lines", "_rest", "set_headers", "strip")
 
     def __init__(self, set_headers: tuple[Header, ...], strip: Callable[[bytes], bool]) -> None:
         self.strip = strip
         self.set_headers = set_headers
-        self._lines = b""  # all of the last request but its first line
+        self._known: dict[bytes, tuple[RequestHead, bytes]] = {}  # heads, and what was sent for them
+        # What was parsed last, if it is of the kind that may be remembered: others may differ in the first line alone.
+        self._came = b""
         self._head: RequestHead | None = None
-        self._rest = b""  # what they became
-        self._by_line: dict[bytes, tuple[RequestHead, bytes]] = {}  # requests with these lines
+        self._lines = b""  # all of it but its first line
+        self._rest = b""  # what these became
 
     def usual(self, data: bytes) -> tuple[RequestHead, bytes] | None:
         """Return the request and what is sent for it, if `data` is one that came before, whole and alone; else None."""
-        line, _, lines = data.partition(b"\r\n")
-        return self._by_line.get(line) if lines == self._lines else None
+        return self._known.get(data) if len(data) <= _LONGEST_REMEMBERED else None
 
     def parse(self, head: bytes) -> RequestHead:
         """As `parse_request_head`, which may raise RemoteProtocolError."""
@@ -100,17 +103,18 @@ class Requests:
         if known is not None and lines == self._lines:
             found = _REQUEST_LINE.fullmatch(line)
             if found is not None and found[1] not in _NOT_HERE:
+                self._came = head
                 return known._replace(method=found[1], target=found[2], path=found[3])
-        self.forget()
+        self._came, self._head, self._lines, self._rest = b"", None, b"", b""
         parsed = parse_request_head(head)
         if (
             parsed.body is BodyKind.NONE
             and parsed.upgrade is None
             and parsed.minor
             and parsed.keep_alive
-            and len(lines) <= _LONGEST_REMEMBERED
+            and len(head) <= _LONGEST_REMEMBERED
         ):
-            self._head, self._lines = parsed, lines
+            self._came, self._head, self._lines = head, parsed, lines
         return parsed
 
     def rewrite(self, head: RequestHead) -> bytes:
@@ -121,21 +125,15 @@ class Requests:
             sent = rewrite_request(head, self.set_headers, self.strip)
         if self._head is not None:
             self._rest = sent.partition(b"\r\n")[2]
-            line = b"%b %b HTTP/1.1" % (head.method, head.target)
-            if head.method not in _NOT_HERE and len(line) <= _LONGEST_LINE:
-                if len(self._by_line) >= _MOST_LINES:
-                    self._by_line.clear()
-                self._by_line[line] = head, sent
+            if head.method not in _NOT_HERE and len(self._came) <= _LONGEST_REMEMBERED:
+                if len(self._known) >= _MOST_REMEMBERED:
+                    self._known.clear()
+                self._known[self._came] = head, sent
         return sent
 
-    def set_by(self, set_headers: tuple[Header, ...], strip: Callable[[bytes], bool]) -> None:
-        """Set and strip by these from now on."""
-        if strip is not self.strip or set_headers is not self.set_headers:
-            self.strip, self.set_headers = strip, set_headers
+    def set_by(self, set_headers: tuple[Header, ...]) -> None:
+        """Set these from now on."""
+        if set_headers is not self.set_headers:
+            self.set_headers = set_headers
             self._rest = b""
-            self._by_line.clear()
-
-    def forget(self) -> None:
-        """Keep nothing of what was seen."""
-        self._head, self._lines, self._rest = None, b"", b""
-        self._by_line.clear()
+            self._known.clear()
