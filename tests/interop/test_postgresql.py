@@ -83,7 +83,7 @@ def test_a_database_is_asked_through_connector_and_guard(database: int, tmp_path
 
 
 def test_a_client_that_begins_with_tls_needs_no_connector(database: int, tmp_path: Path) -> None:
-    """libpq 17 and newer speaks to the guard itself, by ALPN; without a certificate it does not."""
+    """libpq 17 and newer speaks to the guard itself, by ALPN; without a certificate, or to another, it does not."""
     ca = Ca.root()
     cert, key = ca.client().save(tmp_path, "web")
     words = {
@@ -105,3 +105,7 @@ def test_a_client_that_begins_with_tls_needs_no_connector(database: int, tmp_pat
             assert connection.pgconn.ssl_in_use
         with pytest.raises(psycopg.OperationalError, match="certificate required"):
             psycopg.connect(**words, port=port)  # type: ignore[arg-type]  # libpq's own words
+    with Running(ca, f"tcp://127.0.0.1:{database}", policy, alpn=(b"other",)) as guard:
+        port = guard.address.rpartition(":")[2]
+        with pytest.raises(psycopg.OperationalError, match="no application protocol"):
+            psycopg.connect(**words, **own, port=port)  # type: ignore[arg-type]  # libpq's own words

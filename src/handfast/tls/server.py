@@ -377,11 +377,15 @@ def _on_certificate(ok: int, store_context: Any) -> int:
         return 0
 
 
-def _choose(spoken: tuple[bytes, ...]) -> Callable[[SSL.Connection, list[bytes]], Any]:
-    """What chooses the application protocol: the first of ours that the client names."""
+def _choose(spoken: tuple[bytes, ...]) -> Callable[[SSL.Connection, list[bytes]], bytes]:
+    """What chooses the application protocol: the first of ours that the client names. None of them: no handshake."""
 
-    def choose(_connection: SSL.Connection, named: list[bytes]) -> Any:
-        return next((protocol for protocol in spoken if protocol in named), SSL.NO_OVERLAPPING_PROTOCOLS)
+    def choose(_connection: SSL.Connection, named: list[bytes]) -> bytes:
+        for protocol in spoken:
+            if protocol in named:
+                return protocol
+        # Raised here it becomes the alert (RFC 7301 3.2), and comes out of `do_handshake` as an error of OpenSSL's own.
+        raise SSL.Error([("SSL routines", "", "no application protocol")])
 
     return choose
 
