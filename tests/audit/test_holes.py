@@ -196,6 +196,14 @@ def either(authority: TestAuthority, folder: Path) -> Iterator[int]:
             yield port
 
 
+def speaks_anything(authority: TestAuthority, folder: Path) -> Iterator[int]:
+    """Chooses a protocol where it knows one, and goes on without where it does not, as OpenSSL's users often do."""
+    context = python_context(authority, folder, ssl.CERT_REQUIRED)
+    context.set_alpn_protocols(["http/1.1"])
+    with scripted(answering(context)) as port:
+        yield port
+
+
 def passes_over_plaintext(authority: TestAuthority, folder: Path) -> Iterator[int]:
     """Takes lines of plaintext before the handshake, as mail servers with STARTTLS do."""
     context = python_context(authority, folder, ssl.CERT_REQUIRED)
@@ -262,6 +270,7 @@ def names_its_authorities(authority: TestAuthority, folder: Path) -> Iterator[in
         ("plaintext-first", passes_over_plaintext),
         ("proxy-header", believes_proxy_headers),
         ("proxy-header", passes_over_plaintext),
+        ("other-protocol", speaks_anything),
         ("silent-client", keeps),
         ("silent-client", swallows),
         ("trickling-client", keeps),

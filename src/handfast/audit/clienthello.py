@@ -16,7 +16,7 @@ HANDSHAKE, ALERT = 22, 21
 SERVER_HELLO, SERVER_KEY_EXCHANGE, SERVER_HELLO_DONE = 2, 12, 14
 
 # Extension numbers (IANA's registry).
-SERVER_NAME, GROUPS, POINT_FORMATS, SIGNATURES, PADDING = 0, 10, 11, 13, 21
+SERVER_NAME, GROUPS, POINT_FORMATS, SIGNATURES, ALPN, PADDING = 0, 10, 11, 13, 16, 21
 VERSIONS, KEY_SHARE, RENEGOTIATION_INFO = 43, 51, 0xFF01
 
 GOOD_SUITES_13 = (0x1301, 0x1302, 0x1303)
@@ -187,6 +187,11 @@ def refragmented(records: bytes, size: int) -> bytes:
 def server_name_list(*names: bytes) -> bytes:
     """The body of a server_name extension with these host names (RFC 6066 3)."""
     return _v16(b"".join(b"\0" + _v16(name) for name in names))
+
+
+def protocol_names(*names: bytes) -> tuple[int, bytes]:
+    """The extension that names the application protocols that the client speaks (RFC 7301 3.1)."""
+    return ALPN, _v16(b"".join(map(_v8, names)))
 
 
 def _is_said(answer: Answer) -> bool:

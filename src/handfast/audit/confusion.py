@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 
-from handfast.audit.clienthello import Hello, parse_answer, read_answer
-from handfast.audit.model import Check, Evidence, Outcome, Remedies, Severity, failed, passed, unclear
+from handfast.audit.clienthello import Hello, parse_answer, protocol_names, read_answer, say
+from handfast.audit.model import Check, Evidence, Outcome, Remedies, Severity, failed, not_applicable, passed, unclear
 from handfast.audit.oracle import End, Reach, Reply, reach, worst
 from handfast.audit.runner import Audit
-from handfast.audit.wires import Silence, Wire
+from handfast.audit.wires import Silence, Wire, shake_hands
+from handfast.tls.probe import Probe, ProbeRefused
 
 _PROXY_V2 = b"\r\n\r\n\0\r\nQUIT\n"  # PROXY protocol 2.2
 _LOOPBACK_4 = bytes((127, 0, 0, 1, 127, 0, 0, 1)) + (40_000).to_bytes(2, "big") + (443).to_bytes(2, "big")
@@ -81,6 +82,23 @@ def _proxy_header(audit: Audit) -> Outcome:
     return worst(tries)
 
 
+def _other_protocol(audit: Audit) -> Outcome:
+    known = ("http/1.1", "h2", "postgresql")
+    probe = Probe(audit.offer(tls12=not audit.look.tls13, alpn=known))
+    with audit.connect() as wire, suppress(ProbeRefused):
+        shake_hands(wire, probe)
+    if probe.alpn not in known:
+        return not_applicable(f"the server agrees on none of {', '.join(known)} (ALPN), and so has none to insist on")
+    with audit.connect() as wire:
+        answer = say(wire, Hello(audit.target.sni, extensions=(protocol_names(b"ftp"),)))
+    evidence = Evidence.of("a ClientHello of a client that speaks ftp and nothing else (ALPN)", str(answer))
+    if answer.choice is not None:
+        return failed(f"the server speaks {probe.alpn}, and takes a client that speaks only ftp", evidence)
+    if answer.refused:
+        return passed("the server refused the client", evidence)
+    return unclear("the server did not answer", evidence)
+
+
 def _prefixed(audit: Audit, said: str, prefix: bytes, hole: str) -> Outcome:
     with audit.connect() as wire:
         with suppress(Silence, OSError):
@@ -131,5 +149,20 @@ CHECKS = (
             apache="RemoteIPProxyProtocol off, or RemoteIPProxyProtocolExceptions for all but the balancers",
         ),
         _proxy_header,
+    ),
+    Check(
+        "outsider.other-protocol",
+        "A client says that it speaks FTP and nothing else, as one whose connection is led to the wrong server.",
+        "A connection that was meant for a server of another protocol ends before this one reads a byte (ALPACA).",
+        Severity.MEDIUM,
+        ("RFC 7301 3.2", "RFC 9325 3.8", "CWE-940"),
+        Remedies(
+            handfast="upgrade handfast and report it: this must not happen",
+            nginx="upgrade: nginx refuses what it does not speak since 1.21.4",
+            haproxy="http-request reject if !{ ssl_fc_alpn -m found }, which also refuses clients that name no protocol",
+            envoy="a tls_inspector, application_protocols in each filter_chain_match, and no default_filter_chain",
+            apache="let Protocols name what is served, and upgrade",
+        ),
+        _other_protocol,
     ),
 )
