@@ -63,8 +63,7 @@ READINGS: dict[tuple[str, str], str] = {
     ("insider.other-host", "haproxy"): "One frontend serves both sites, and nothing in the documents' recipe compares "
     "the server name with Host.",
     ("insider.other-host", "envoy"): "The filter chain is chosen by server name, and its virtual host takes any "
-    "(`domains: *`). With the site's name alone Envoy answers 404 itself, without asking the app (tried by hand); "
-    "the check counts any answer but a refusal, so it goes on failing.",
+    "(`domains: *`). With the site's name alone Envoy answers 404 itself, without asking the app.",
     ("insider.spoofed-headers", "haproxy"): "set-header replaces a header of exactly that name. An app that folds `_` "
     "or `.` to `-`, as WSGI, CGI and PHP do, sees both.",
     ("insider.spoofed-headers", "envoy"): "Its own header is replaced. An app that folds `_` or `.` to `-` sees the "
