@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handfast.guard.connection import Limits
+from handfast.guard.http2 import MANY_HELD, MOST_HELD, Http2Session
 from handfast.guard.http2_frames import TABLE, machine
 from tests.support.apps import HELLO, App, client_context
 from tests.support.certs import Ca
@@ -231,6 +233,90 @@ def test_a_window_that_stays_shut(ca: Ca, enter: Enter, window: int) -> None:
             client.h2.increment_flow_control_window(100, stream)
             client.flush()
             assert client.wait(stream).body == b"Hello World\n"
+
+
+LARGE = 50_000_000  # bytes of an answer that no client of these tests takes whole
+
+
+def _large(connection: socket.socket, request: bytes) -> None:
+    if b"/small" in request:
+        connection.sendall(HELLO)
+        return
+    size = 200_000 if b"/some" in request else LARGE
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+    piece = bytes(50_000)
+    for _ in range(size // len(piece)):
+        connection.sendall(piece)
+
+
+def _settled(value: Callable[[], int]) -> int:
+    """What a number is once it has stayed the same for half a second."""
+    deadline, since, last = time.monotonic() + 15, time.monotonic(), value()
+    while time.monotonic() - since < 0.5:
+        assert time.monotonic() < deadline, "it never rests"
+        time.sleep(0.02)
+        if (now := value()) != last:
+            since, last = time.monotonic(), now
+    return last
+
+
+def _held(guard: Running) -> int:
+    """Bytes of answers that wait in the guard for its one client."""
+    (connection,) = guard.guard.connections
+    session = connection._session
+    assert isinstance(session, Http2Session)
+    streams = session._streams.values()
+    held = guard.call(lambda: sum(stream.waiting for stream in streams))
+    assert isinstance(held, int)
+    return held
+
+
+@pytest.mark.parametrize("window", [0, 1, 65_535])
+def test_answers_that_nobody_reads_are_bounded_together(ca: Ca, enter: Enter, window: int) -> None:
+    """100 streams ask for 50 MB each and the client reads nothing: the guard takes some 2 MiB from the apps in all."""
+    with App(_large) as app, Running(ca, app.address) as guard:
+        with enter(guard, greedy=False, initial_window_size=window) as client:
+            for number in range(100):
+                client.send(client.head(f"/{number}"))
+            deadline = time.monotonic() + 15
+            while app.connections < 100:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            held = _settled(lambda: _held(guard))
+            assert MANY_HELD < held < MOST_HELD + (1 << 18)
+        ended = [guard.events.next("request") for _ in range(100)]
+        assert {event["outcome"] for event in ended} == {"client gone"}
+        assert sum(event["bytes_out"] for event in ended) < MOST_HELD + (1 << 18) + 2 * 65_535
+
+
+def test_a_client_that_reads_gets_all_of_every_answer(ca: Ca, enter: Enter) -> None:
+    """100 answers at once, many times what may be held together, come whole to a client that takes them."""
+    with App(_large) as app, Running(ca, app.address) as guard, enter(guard) as client:
+        streams = [client.send(client.head("/some")) for _ in range(100)]
+        assert [len(client.wait(stream).body) for stream in streams] == [200_000] * 100
+        assert all(client.answers[stream].ended for stream in streams)
+        assert _settled(lambda: _held(guard)) == 0
+
+
+def test_streams_that_rest_leave_room_for_others(ca: Ca, enter: Enter) -> None:
+    """With more unread answers than the first bound, others are served whole beside them, and the unread go on."""
+    enter_slow = partial(enter, greedy=False, initial_window_size=1 << 16)
+    with App(_large) as app, Running(ca, app.address) as guard, enter_slow(guard) as client:
+        client.h2.increment_flow_control_window(1 << 30)
+        client.flush()
+        resting = 0
+        while not resting or _settled(lambda: _held(guard)) <= MANY_HELD:
+            resting = client.send(client.head("/large"))
+            client.wait(resting, lambda answer: len(answer.body) == 1 << 16)
+        for _ in range(3):
+            stream = client.send(client.head("/some"))
+            client.h2.increment_flow_control_window(1 << 20, stream)
+            client.flush()
+            assert len(client.wait(stream).body) == 200_000
+            assert client.get("/small").status == 200
+        client.h2.increment_flow_control_window(1 << 20, resting)
+        client.flush()
+        client.wait(resting, lambda answer: len(answer.body) == (1 << 16) + (1 << 20))
 
 
 def test_a_refusal_waits_for_the_window_too(ca: Ca, enter: Enter) -> None:

@@ -159,7 +159,7 @@ CHECKS = (
         Remedies(
             handfast="upgrade handfast and report it: this must not happen",
             nginx="upgrade: nginx refuses what it does not speak since 1.21.4",
-            haproxy="http-request reject if !{ ssl_fc_alpn -m found }, which also refuses clients that name no protocol",
+            haproxy="http-request reject if !{ ssl_fc_alpn -m found }; that also refuses clients that name none",
             envoy="a tls_inspector, application_protocols in each filter_chain_match, and no default_filter_chain",
             apache="let Protocols name what is served, and upgrade",
         ),

@@ -21,13 +21,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from ipaddress import IPv4Network, IPv6Network, ip_address
+from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from handfast.errors import Failure, Reason
 from handfast.guard.checking import look_again
 from handfast.guard.entry import Announced, Gone, Handshaking, Lingering
-from handfast.guard.events import Logged, encode, told
+from handfast.guard.events import Logged, encode, refusal_body, request_facts, told
 from handfast.guard.http import HttpSession
 from handfast.guard.limits import Gate
 from handfast.guard.places import join_address
@@ -35,11 +36,12 @@ from handfast.guard.routes import Site
 from handfast.guard.upstream import Upstreams
 from handfast.pki.certificates import common_names
 from handfast.pki.verification import VerifiedPeer
-from handfast.tls.server import Facts, TlsBroken
+from handfast.tls.server import Channel, Facts, TlsBroken
 from handfast.wire.proxy import Address, Endpoints, TlsFacts, proxy_v2
 
 if TYPE_CHECKING:
     from handfast.guard.service import Guard
+    from handfast.wire.http1 import RequestHead
 
 LAST_MOMENT = 2.0  # seconds for a handshake, and for the one request after it, once the guard is told to stop
 MAX_UNREAD = 4 << 20  # bytes that may wait for a client that does not read; the app is paused long before
@@ -115,6 +117,7 @@ class Connection(asyncio.Protocol):
             "facts",
             "gate",
             "guard",
+            "host",
             "id",
             "limits",
         ),
@@ -135,6 +138,7 @@ class Connection(asyncio.Protocol):
         self.facts: Facts | None = None
         self.deadline = 0.0
         self.address = ""
+        self.host = ""  # the address without its port; '' over a UNIX socket
         self._state: State = Handshaking(self)
         self._session: Session | None = None
         self._entered: list[str | None] = []  # what the gate let in: the address, then the identity
@@ -148,8 +152,8 @@ class Connection(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)  # uvloop's are no subclasses of it
         self.opened = monotonic()
         name = transport.get_extra_info("peername")
-        host = _unmapped(name[0]) if isinstance(name, tuple) else ""
-        self.address = join_address(host, name[1]) if isinstance(name, tuple) else ""
+        if isinstance(name, tuple):
+            self._come_from(_unmapped(name[0]), name[1])
         self.guard.connections.add(self)
         plug = transport.get_extra_info("socket")
         self.guard.crowded(-1 if plug is None else plug.fileno())
@@ -157,7 +161,7 @@ class Connection(asyncio.Protocol):
         self.set_deadline(self.limits.handshake)
         if self.guard.draining:
             self.hurry()
-        if self.listener.proxy_from and self._believed(host):
+        if self.listener.proxy_from and self._believed(self.host):
             self.become(Announced(self))
         else:
             self.enter()
@@ -244,15 +248,10 @@ class Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close at once."""
-        self.deadline = float("inf")
+        self.deadline = inf
         self.transport.abort()
 
     # What the states call.
-
-    @property
-    def host(self) -> str:
-        """The client's address without its port; '' over a UNIX socket."""
-        return self.address.rpartition(":")[0].strip("[]")
 
     def enter(self) -> None:
         """Be counted; too many are turned away before they cost anything."""
@@ -273,7 +272,10 @@ class Connection(asyncio.Protocol):
 
     def announced(self, source: Address | bytes) -> None:
         """Take the client's address from a proxy that is believed."""
-        self.address = join_address(source.host, source.port) if isinstance(source, Address) else ""
+        if isinstance(source, Address):
+            self._come_from(source.host, source.port)
+        else:
+            self.address = self.host = ""
 
     def preface(self, upstreams: Upstreams) -> bytes:
         """What a connection to these backends begins with: a PROXY header that tells whose it is, or nothing."""
@@ -292,18 +294,15 @@ class Connection(asyncio.Protocol):
             common_name=names[0].value if names else "",
             certificate=peer.leaf_der if peer is not None and upstreams.proxy_certificate else b"",
         )
-        host, _, port = self.address.rpartition(":")
         here = self.transport.get_extra_info("sockname")
-        if not host or not isinstance(here, tuple):  # over a UNIX socket; readers skip the TLVs of LOCAL
+        if not self.host or not isinstance(here, tuple):  # over a UNIX socket; readers skip the TLVs of LOCAL
             return proxy_v2(Endpoints(b"", b""), tls)
-        return proxy_v2(Endpoints(Address(host.strip("[]"), int(port)), Address(here[0], here[1])), tls)
+        port = int(self.address.rpartition(":")[2])
+        return proxy_v2(Endpoints(Address(self.host, port), Address(here[0], here[1])), tls)
 
-    def _log_unusual(self, logged: Logged) -> None:
+    def _log_unusual(self, logged: Logged, took: float) -> None:
         """Log a request with all that there is to say of it."""
-        admission, timing, guard = logged.admission, logged.timing, self.guard
-        took = monotonic() - timing.began
-        guard.metrics.request(self.listener.name, admission.effect, admission.reason, logged.status, took)
-        guard.metrics.bytes(self.listener.name, timing.bytes_in, timing.bytes_out)
+        admission, timing = logged.admission, logged.timing
         first = round((timing.first_byte - timing.began) * 1000, 1) if timing.first_byte else None
         fields = json.loads(b"{%b}" % admission.note)
         fields |= {"request": f"{self.id}-{logged.number}", "status": logged.status or None}
@@ -312,17 +311,15 @@ class Connection(asyncio.Protocol):
         self.event("request", fields | ({} if logged.failure is None else told(logged.failure)))
 
     def log_request(self, logged: Logged) -> None:
-        """Log a request that was forwarded: as a line that is mostly made already, where it went as usual."""
-        guard = self.guard
-        usual = logged.failure is None and logged.outcome is None and logged.timing.first_byte and logged.status
-        if not usual or not guard.log.plain:
-            self._log_unusual(logged)
-            return
-        _, admission, status, timing, _, _ = logged
-        began, name = timing.began, self.listener.name
+        """Count and log a request that was forwarded: its line is mostly made already, where it went as usual."""
+        number, admission, status, timing, failure, outcome = logged
+        guard, name, began = self.guard, self.listener.name, timing.began
         took = monotonic() - began
         guard.metrics.request(name, admission.effect, admission.reason, status, took)
         guard.metrics.bytes(name, timing.bytes_in, timing.bytes_out)
+        if failure is not None or outcome is not None or not (timing.first_byte and status and guard.log.plain):
+            self._log_unusual(logged, took)
+            return
         if not self._prefix:
             common = {"event": "request", "id": self.id, "address": self.address, "peer": self.who}
             self._prefix = encode(common)[1:-1] + b',"request":"%b-' % self.id.encode()
@@ -330,14 +327,31 @@ class Connection(asyncio.Protocol):
         guard.log.emit_line(
             b'%b%d","status":%d,"ms":%d.%d,"app_ms":%d.%d,"bytes_in":%d,"bytes_out":%d,%b}\n'
             % (
-                *(self._prefix, logged.number, status, took // 10, took % 10, app // 10, app % 10),
+                *(self._prefix, number, status, took // 10, took % 10, app // 10, app % 10),
                 *(timing.bytes_in, timing.bytes_out, admission.note),
             )
         )
 
-    def set_deadline(self, seconds: float) -> None:
-        """Give the present state so long."""
-        self.deadline = monotonic() + seconds
+    def refuse_request(
+        self, number: int, head: RequestHead | None, failure: Failure, began: float | None
+    ) -> tuple[int, bytes]:
+        """Count and log a request that the guard answers in place of an app; return the answer's status and its body.
+
+        `began`: when a request that was let through did, on the clock of `monotonic`; None: it was not.
+        """
+        request_id, status, metrics = f"{self.id}-{number}", failure.reason.http or 403, self.guard.metrics
+        decision, took = ("deny", 0.0) if began is None else ("allow", monotonic() - began)
+        metrics.request(self.listener.name, decision, failure.reason.code, status, took)
+        if failure.reason is Reason.LIMIT_REQUESTS:
+            metrics.limited(failure.reason.code)
+        said = {"request": request_id, "decision": decision, "rule": failure.facts.get("rule"), "status": status}
+        facts = {} if head is None else request_facts(head.method, head.host, head.path)
+        self.event("request", said | facts | told(failure))
+        return status, refusal_body(failure.reason, request_id)
+
+    def set_deadline(self, seconds: float | None) -> None:
+        """Give the present state so long; None: for ever."""
+        self.deadline = inf if seconds is None else monotonic() + seconds
 
     def become(self, state: State) -> None:
         """Go over to another state."""
@@ -369,8 +383,11 @@ class Connection(asyncio.Protocol):
         """What the gate counts the peer as."""
         return self._entered[1] if len(self._entered) > 1 else None
 
-    def linger(self) -> None:
-        """Say no more, and wait a moment for the peer to read what was said."""
+    def linger(self, channel: Channel | None = None) -> None:
+        """Say no more (over a TLS channel that it is the end), and wait a moment for the peer to read what was said."""
+        if channel is not None:
+            channel.close()
+            self.transport.write(channel.take())
         self.become(Lingering(self))
 
     def event(self, event: str, fields: dict[str, Any]) -> None:
@@ -378,6 +395,9 @@ class Connection(asyncio.Protocol):
         made = {"id": self.id, "address": self.address, "peer": self.who}
         made |= fields
         self.guard.log.emit(event, self.guard.now, made)
+
+    def _come_from(self, host: str, port: int) -> None:
+        self.address, self.host = join_address(host, port), host
 
     def _believed(self, host: str) -> bool:
         """Whether a PROXY header is taken from who connected; over a UNIX socket its mode says who may."""

@@ -7,13 +7,14 @@ share; it lives as long as the site, which a new snapshot replaces.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
 from handfast.errors import Failure, Reason
-from handfast.guard.events import encode
+from handfast.guard.events import encode, request_facts
 from handfast.guard.routes import Route, Site
 from handfast.pki.verification import VerifiedPeer
 from handfast.policy import Decision, Effect, Request, decide_by
@@ -131,9 +132,9 @@ class Door:
         return not isinstance(self._decide(self._connection.site, method, path), Failure)
 
     @property
-    def strips_overrides(self) -> bool:
-        """Whether headers that tell the app another method or path are taken out: rules judge these."""
-        return self._connection.site.judges_requests
+    def strip(self) -> Callable[[bytes], bool]:
+        """What says whether a request's header is taken out, by the site now in force."""
+        return self.caller.requests.strip
 
     def headers(self) -> tuple[Header, ...]:
         """Return the headers for the app; the same tuple for as long as they hold."""
@@ -159,11 +160,10 @@ class Door:
             "decision": str(decision.effect),
             "rule": None if decision.rule is None else decision.rule.text,
             "reason": decision.reason.code,
-            "method": method.decode("ascii", "replace"),
-            "host": host.decode("ascii", "replace"),
-            "path": path[:512].decode("ascii", "replace"),
         }
-        return Admission(route, note["decision"], note["reason"], encode(note)[1:-1])
+        return Admission(
+            route, note["decision"], note["reason"], encode(note | request_facts(method, host, path))[1:-1]
+        )
 
     def _decide(self, site: Site, method: bytes, path: bytes) -> tuple[Route, Decision] | Failure:
         route = site.route(method, path)

@@ -51,7 +51,7 @@ class Announced:
         try:
             read = read_proxy(self._buffer)
         except RemoteProtocolError as error:
-            connection.event("connection", {"decision": "deny"} | told(error.failure))
+            _denied(connection, error.failure)
             connection.abort()
             return
         if read is None:
@@ -77,8 +77,7 @@ class Announced:
 
     def expired(self) -> None:
         """No header came."""
-        failure = Failure(Reason.TLS_TIMEOUT, {"limit": self._connection.limits.handshake})
-        self._connection.event("connection", {"decision": "deny"} | told(failure))
+        _denied(self._connection, Failure(Reason.TLS_TIMEOUT, {"limit": self._connection.limits.handshake}))
         self._connection.abort()
 
 
@@ -238,9 +237,7 @@ class Refusing:
         head_only = self._head.startswith(b"HEAD ")
         body = refusal_body(self._reason, connection.id)
         self._channel.write(plain_response(self._reason.http or 403, body, head_only=head_only))
-        self._channel.close()
-        connection.transport.write(self._channel.take())
-        connection.linger()
+        connection.linger(self._channel)
 
 
 class Lingering:
@@ -301,13 +298,12 @@ def _admit(connection: Connection, accepted: Accepted, verdict: Verdict | None =
     guard, peer, facts, listener = connection.guard, accepted.peer, accepted.facts, connection.listener
     # The snapshot may have changed while the handshake ran (ztunnel#1986): judge by the one in force now.
     site = guard.snapshot.sites[listener.name].pick(facts.server_name)
-    failure = Failure(Reason.ENDED_POLICY) if site is None else None
-    if site is not None and site is not connection.site:
-        failure = site.objection(peer, guard.now)
-    presented = () if peer is None else peer.path
-    if site is None or (failure is not None and failure.reason is not Reason.ENDED_POLICY):
-        assert failure is not None
-        _refuse(connection, Refused((failure,), presented, accepted.channel, facts))
+    if site is None:
+        _refuse_accepted(connection, accepted, Failure(Reason.ENDED_POLICY))
+        return
+    failure = None if site is connection.site else site.objection(peer, guard.now)
+    if failure is not None and failure.reason is not Reason.ENDED_POLICY:  # what its policy says is said later
+        _refuse_accepted(connection, accepted, failure)
         return
     if peer is not None and site.ocsp is not None:
         verdict = verdict or site.ocsp.known(peer, guard.now)
@@ -315,7 +311,7 @@ def _admit(connection: Connection, accepted: Accepted, verdict: Verdict | None =
             connection.become(Checking(connection, accepted, site.ocsp, _admit))
             return
         if verdict.failure is not None:
-            _refuse(connection, Refused((verdict.failure,), presented, accepted.channel, facts))
+            _refuse_accepted(connection, accepted, verdict.failure)
             return
     connection.site, connection.facts = site, facts
     connection.peer, connection.who = peer, None if peer is None else str(peer.identity)
@@ -336,7 +332,7 @@ def _admit(connection: Connection, accepted: Accepted, verdict: Verdict | None =
         connection.begin(session(connection, Door(connection, site, peer, facts), accepted.channel))
         return
     if guard.log.broken:
-        _refuse(connection, Refused((Failure(Reason.GUARD_LOG_FAILED),), presented, accepted.channel, facts))
+        _refuse_accepted(connection, accepted, Failure(Reason.GUARD_LOG_FAILED))
         return
     tunnel = Tunnel(connection, accepted.channel)
     decision = tunnel.decide()
@@ -344,13 +340,16 @@ def _admit(connection: Connection, accepted: Accepted, verdict: Verdict | None =
     if not decision.allowed:
         failure = Failure(decision.reason, {"who": connection.who, "rule": rule})
         _denied(connection, failure, {"rule": rule} | shown)
-        accepted.channel.close()
-        connection.transport.write(accepted.channel.take())
-        connection.linger()
+        connection.linger(accepted.channel)
         return
     guard.metrics.handshake("accept", "", monotonic() - connection.opened, listener.name)
     connection.event("connection", {"decision": "allow", "rule": rule, "reason": decision.reason.code} | shown)
     connection.begin(tunnel)
+
+
+def _refuse_accepted(connection: Connection, accepted: Accepted, failure: Failure) -> None:
+    presented = () if accepted.peer is None else accepted.peer.path
+    _refuse(connection, Refused((failure,), presented, accepted.channel, accepted.facts))
 
 
 def _refuse(connection: Connection, refused: Refused) -> None:
@@ -368,10 +367,7 @@ def _refuse(connection: Connection, refused: Refused) -> None:
         connection.set_deadline(connection.limits.head)
         refusing.read()
         return
-    if refused.channel is not None:
-        refused.channel.close()
-        connection.transport.write(refused.channel.take())
-    connection.linger()
+    connection.linger(refused.channel)
 
 
 def _denied(connection: Connection, failure: Failure, more: dict[str, Any] | None = None) -> None:

@@ -194,6 +194,15 @@ def cut(text: str) -> str:
     return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…"
 
 
+def request_facts(method: bytes, host: bytes, path: bytes) -> dict[str, str]:
+    """What the log says of a request: `path` is without its query, which may hold secrets."""
+    return {
+        "method": method.decode("ascii", "replace"),
+        "host": host.decode("ascii", "replace"),
+        "path": path[:512].decode("ascii", "replace"),
+    }
+
+
 def refusal_body(reason: Reason, request_id: str) -> bytes:
     """The JSON that a refused client gets: the stable code and an id to ask the operator about, no more."""
     return json.dumps({"error": reason.code, "id": request_id}).encode() + b"\n"

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING
 
 from handfast.errors import Failure, Reason, RemoteProtocolError
 from handfast.guard.door import Admission, Door
-from handfast.guard.events import Logged, Timing, refusal_body, told
+from handfast.guard.events import Logged, Timing
 from handfast.guard.places import Speech
 from handfast.guard.upstream import SecureUpstream, Upstream, Upstreams
 from handfast.tls.server import Channel
 from handfast.wire.bodies import Body, BodyKind, body_reader
 from handfast.wire.http1 import (
     MAX_HEAD,
+    SAFE_METHODS,
     RequestHead,
     ResponseHead,
     find_head,
@@ -38,7 +39,6 @@ from handfast.wire.http1 import (
 if TYPE_CHECKING:
     from handfast.guard.connection import Connection
 
-_SAFE = frozenset({b"GET", b"HEAD", b"OPTIONS"})  # RFC 9110 9.2.1: asking twice does what asking once does
 MAX_REFUSALS = 256  # in a row, after which a connection is closed
 REST = 10.0  # seconds without a request after which a connection keeps no more than it must
 _NO_BODY = body_reader(BodyKind.NONE, 0)
@@ -164,7 +164,7 @@ class HttpSession:
             moved = exchange.timing.bytes_in + exchange.timing.bytes_out
             if moved != exchange.moved:
                 exchange.moved = moved
-                self._connection.set_deadline(limits.tunnel_idle or limits.idle)
+                self._connection.set_deadline(limits.tunnel_idle)
                 return
             self._log(exchange, Failure(Reason.ENDED_IDLE, {"limit": f"{limits.tunnel_idle:g}"}))
             self._exchange = None
@@ -219,7 +219,7 @@ class HttpSession:
         if isinstance(admission, Failure):
             self._deny(head, admission)
             return True
-        again = sent if head.method in _SAFE else None
+        again = sent if head.method in SAFE_METHODS else None
         self._begin(Exchange(self._count, head, admission, _NO_BODY, Timing(monotonic()), again, usual=True), sent)
         return True
 
@@ -329,7 +329,7 @@ class HttpSession:
             admission=admission,
             body=body_reader(head.body, head.length),
             timing=Timing(monotonic()),
-            again=sent if plain and head.method in _SAFE else None,
+            again=sent if plain and head.method in SAFE_METHODS else None,
             usual=plain and head.minor == 1 and head.keep_alive and head.method != b"HEAD",
         )
         self._begin(exchange, sent)
@@ -491,10 +491,7 @@ class HttpSession:
         if response.status == 101:
             made = rewrite_response(response, True, request.websocket)
             exchange.response, exchange.tunnel = response, True
-            if limits.tunnel_idle is None:
-                self._connection.deadline = float("inf")
-            else:
-                self._connection.set_deadline(limits.tunnel_idle)
+            self._connection.set_deadline(limits.tunnel_idle)
             return made
         if response.status < 200:
             return rewrite_response(response, True) if minor else b""
@@ -576,19 +573,8 @@ class HttpSession:
     def _answer(
         self, failure: Failure, head: RequestHead | None, *, close: bool, exchange: Exchange | None = None
     ) -> None:
-        request_id = f"{self._connection.id}-{self._count if exchange is None else exchange.number}"
-        fields = {} if head is None else _request_fields(head)
-        rule = failure.facts.get("rule")
-        status = failure.reason.http or 403
-        decision = "deny" if exchange is None else "allow"
-        said = {"request": request_id, "decision": decision, "rule": rule, "status": status}
-        self._connection.event("request", said | fields | told(failure))
-        metrics, listener = self._connection.guard.metrics, self._connection.listener.name
-        took = 0.0 if exchange is None else monotonic() - exchange.timing.began
-        metrics.request(listener, decision, failure.reason.code, status, took)
-        if failure.reason is Reason.LIMIT_REQUESTS:
-            metrics.limited(failure.reason.code)
-        body = refusal_body(failure.reason, request_id)
+        number, began = (self._count, None) if exchange is None else (exchange.number, exchange.timing.began)
+        status, body = self._connection.refuse_request(number, head, failure, began)
         head_only = head is not None and head.method == b"HEAD"
         self._channel.write(plain_response(status, body, close=close, head_only=head_only))
         self._flush()
@@ -629,12 +615,3 @@ class HttpSession:
         status = 0 if exchange.response is None else exchange.response.status
         logged = Logged(exchange.number, exchange.admission, status, exchange.timing, failure, outcome)
         self._connection.log_request(logged)
-
-
-def _request_fields(head: RequestHead) -> dict[str, str]:
-    """What the log says of a request; never its query, which may hold secrets."""
-    return {
-        "method": head.method.decode("ascii", "replace"),
-        "host": head.host.decode("ascii", "replace"),
-        "path": head.path[:512].decode("ascii", "replace"),
-    }

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import secrets
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ from h2.exceptions import ProtocolError
 from hpack import NeverIndexedHeaderTuple
 
 from handfast.errors import Failure, Reason, RemoteProtocolError
-from handfast.guard.door import Admission, Door, strip, strip_override
+from handfast.guard.door import Admission, Door, strip_override
 from handfast.guard.events import told
 from handfast.guard.http2_frames import MAX_STREAMS, Flood, goaway, machine
 from handfast.guard.http2_lines import Line
@@ -48,6 +48,9 @@ from handfast.wire.identity import fold
 if TYPE_CHECKING:
     from handfast.guard.connection import Connection
 
+# Bytes that wait for one client: above the first, apps are read only for streams that hold nothing; above the second,
+# for none. So one that does not read costs so much and a read more, and streams that rest leave room for the others.
+MANY_HELD, MOST_HELD = 1 << 20, 1 << 21
 _KEPT = 16  # connections to HTTP/1.1 apps that wait for the next request
 _REST = 10.0  # seconds without a request after which the connections to apps are given back
 _MOST_KNOWN, _LONGEST_KNOWN = 16, 2048  # requests that are remembered, and bytes of their header lists
@@ -57,10 +60,10 @@ _SECRET = frozenset({b"authorization", b"cookie", b"proxy-authorization"})  # RF
 class _Known:
     """A header list that came before, and what it became."""
 
-    __slots__ = ("fields", "head", "sent", "set_headers", "strips_overrides")
+    __slots__ = ("fields", "head", "sent", "set_headers", "strip")
 
-    def __init__(self, head: RequestHead, set_headers: tuple[Header, ...], strips_overrides: bool) -> None:
-        self.head, self.set_headers, self.strips_overrides = head, set_headers, strips_overrides
+    def __init__(self, head: RequestHead, set_headers: tuple[Header, ...], strip: Callable[[bytes], bool]) -> None:
+        self.head, self.set_headers, self.strip = head, set_headers, strip
         self.fields: list[Header] = []  # for an app of HTTP/2
         self.sent = b""  # for one of HTTP/1.1
 
@@ -69,8 +72,8 @@ class Http2Session:
     """A connection that may carry requests: it cannot be made without a Door."""
 
     __slots__ = (
-        *("_apps", "_channel", "_closed", "_count", "_dirty", "_door", "_finishing", "_head_begun", "_kept", "_known"),
-        *("_rested", "_streams", "blocked", "connection", "frames", "hungry", "machine"),
+        *("_apps", "_channel", "_closed", "_count", "_dirty", "_door", "_finishing", "_head_begun", "_held", "_kept"),
+        *("_known", "_rested", "_streams", "blocked", "connection", "frames", "hungry", "machine"),
     )
 
     def __init__(self, connection: Connection, door: Door, channel: Channel) -> None:
@@ -87,6 +90,7 @@ class Http2Session:
         self._known: dict[tuple[object, ...], _Known] = {}
         self._finishing = False  # no new requests
         self._closed = False  # all is said
+        self._held = 0  # bytes of answers that wait for the client
         self._head_begun = False
         self._rested = True  # no connection to an app waits
         self._count = 0
@@ -264,11 +268,11 @@ class Http2Session:
         """Read a header list; one that came before is known."""
         key = (*headers, asked, *map(type, headers))
         known = self._known.get(key)
-        set_headers, strips = self._door.headers(), self._door.strips_overrides
-        if known is not None and known.set_headers is set_headers and known.strips_overrides is strips:
+        set_headers, strip = self._door.headers(), self._door.strip
+        if known is not None and known.set_headers is set_headers and known.strip is strip:
             return known
         head = request_head(headers, asked)
-        known = _Known(head, set_headers, strips)
+        known = _Known(head, set_headers, strip)
         if sum(len(name) + len(value) for name, value in headers) <= _LONGEST_KNOWN:
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
@@ -284,19 +288,18 @@ class Http2Session:
         stream.admission = admission
         self._streams[event.stream_id] = stream
         stream.wait()
-        taken_out = strip_override if known.strips_overrides else strip
         if upstreams.target.speech is Speech.HTTP2:
             if not known.fields:
-                fields = request_fields(event.headers, known.head, known.set_headers, taken_out)
+                fields = request_fields(event.headers, known.head, known.set_headers, known.strip)
                 known.fields = [NeverIndexedHeaderTuple(*field) if field[0] in _SECRET else field for field in fields]
             self._app(upstreams).call(stream, known.fields)
             return
         key = b64encode(secrets.token_bytes(16)) if known.head.upgrade else b""
         if key:
             ours = (*known.set_headers, (b"Sec-WebSocket-Key", key))
-            sent = rewrite_request(known.head, ours, taken_out)
+            sent = rewrite_request(known.head, ours, known.strip)
         else:
-            sent = known.sent = known.sent or rewrite_request(known.head, known.set_headers, taken_out)
+            sent = known.sent = known.sent or rewrite_request(known.head, known.set_headers, known.strip)
         self._line(upstreams).carry(stream, sent, key)
 
     def _line(self, upstreams: Upstreams) -> Line:
@@ -315,6 +318,20 @@ class Http2Session:
                 return app
         self._apps.append(AppConnection(self, upstreams))
         return self._apps[-1]
+
+    def hold(self, more: int) -> None:
+        """So many bytes more (or less) wait for the client, of all answers."""
+        before, self._held = self._held, self._held + more
+        for bound in (MANY_HELD, MOST_HELD):
+            if (before > bound) is not (self._held > bound):
+                for stream in self._streams.values():
+                    if isinstance(stream.carrier, Line):
+                        stream.carrier.flow()
+                return
+
+    def crowded(self, stream: Stream) -> bool:
+        """Whether so much waits for the client that no more is read of this stream's answer."""
+        return self._held > MOST_HELD or (self._held > MANY_HELD and stream.waiting > 0)
 
     def keep(self, line: Line) -> None:
         """Keep a connection for the next request."""

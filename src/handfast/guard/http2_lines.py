@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING
 from handfast.errors import Failure, Reason, RemoteProtocolError
 from handfast.guard.upstream import SecureUpstream, Upstream, Upstreams
 from handfast.wire.bodies import Body, BodyKind, body_reader
-from handfast.wire.http1 import Header, ResponseHead, find_head, parse_response_head
+from handfast.wire.http1 import SAFE_METHODS, Header, ResponseHead, find_head, parse_response_head
 from handfast.wire.http2 import answer_fields
 
 if TYPE_CHECKING:
     from handfast.guard.http2 import Http2Session
     from handfast.guard.http2_streams import Stream
 
-_SAFE = frozenset({b"GET", b"HEAD", b"OPTIONS"})  # RFC 9110 9.2.1: asking twice does what asking once does
 _HIGH, _LOW = 1 << 17, 1 << 15  # bytes of an answer that wait for the client, when the app is paused and resumed
 _WEBSOCKET = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 1.3
 
@@ -30,7 +29,7 @@ class Line:
 
     __slots__ = (
         *("_again", "_answer", "_asked", "_body", "_chunked", "_dialling", "_full", "_held", "_key", "_last", "_out"),
-        *("_owed", "_paused", "_session", "_stream", "_tunnel", "_until_close", "_upstream", "upstreams"),
+        *("_owed", "_paused", "_session", "_stream", "_tries", "_tunnel", "_until_close", "_upstream", "upstreams"),
     )
 
     def __init__(self, session: Http2Session, upstreams: Upstreams) -> None:
@@ -46,7 +45,8 @@ class Line:
         self._asked = self._chunked = self._tunnel = False
         self._key = b""  # of a websocket that was asked for
         self._held: list[bytes] = []  # of the client's, until the app has agreed to a websocket
-        self._again: bytes | None = None  # the request, while it may be sent a second time on a fresh connection
+        self._again: bytes | None = None  # the request, while it may be sent again on a fresh connection
+        self._tries = 0  # how often it was
         self._answer = b""  # the answer's head, as far as it has come
         self._body: Body | None = None
         self._until_close = False  # the answer ends where the app closes
@@ -65,10 +65,11 @@ class Line:
         self._asked, self._key, self._last = stream.asked, key, bool(key)
         self._chunked = stream.head.body is BodyKind.CHUNKED
         self._out.append(sent)
+        safe = stream.head.body is BodyKind.NONE and stream.head.method in SAFE_METHODS and not key
+        self._again, self._tries = sent if safe else None, 0
         if self._upstream is None:
             self._dial()
-        elif stream.head.body is BodyKind.NONE and stream.head.method in _SAFE and not key:
-            self._again = sent
+        self.flow()
         self._session.dirty(self)
 
     def flush(self) -> None:
@@ -86,6 +87,19 @@ class Line:
         if self._upstream is not None:
             self._upstream.drop(cut=cut)
             self._upstream = None
+
+    def flow(self) -> None:
+        """Read the app or not, by what waits for the client: of this answer, and of all."""
+        stream, upstream = self._stream, self._upstream
+        if stream is None or upstream is None or not upstream.usable:
+            return
+        paused = stream.waiting > (_LOW if self._paused else _HIGH) or self._session.crowded(stream)
+        if paused is not self._paused:
+            self._paused = paused
+            if paused:
+                upstream.pause()
+            else:
+                upstream.resume()
 
     # Carrier.
 
@@ -116,10 +130,8 @@ class Line:
 
     def sent(self, credit: int) -> None:
         """See Carrier."""
-        if self._paused and self._stream is not None and self._stream.waiting <= _LOW:
-            self._paused = False
-            if self._upstream is not None and self._upstream.usable:
-                self._upstream.resume()
+        if self._paused:
+            self.flow()
 
     def cut(self, code: int) -> None:
         """See Carrier."""
@@ -134,7 +146,8 @@ class Line:
         if self._stream is None:
             upstream.drop()
             return
-        self._upstream = upstream
+        self._upstream, self._paused = upstream, False
+        self.flow()
         self.flush()
         if not self._full:
             self._pay()
@@ -158,9 +171,7 @@ class Line:
             detail = error.facts.get("detail", error.failure.message)
             self._fail(Failure(Reason.UPSTREAM_BAD_RESPONSE, {"target": str(self.upstreams), "detail": detail}))
             return
-        if self._stream is stream and stream.waiting > _HIGH and not self._paused and self._upstream is not None:
-            self._paused = True
-            self._upstream.pause()
+        self.flow()
         self._session.flush()
 
     def upstream_ended(self) -> None:
@@ -271,10 +282,12 @@ class Line:
         if stream is None:
             self._session.discard(self)
             return
-        if self._again is not None:  # a kept connection that the app closed as we wrote: ask once more
-            again = self._again
+        if self._again is not None and self._upstream is not None:
+            self._upstream.blame()
+        if self._again is not None and self._tries < max(1, self.upstreams.retries):
+            self._tries += 1  # it is safe, and nothing was answered: a kept connection that ended, or a crash
             self.drop()
-            self._stream, self._out, self._again = stream, [again], None
+            self._stream, self._out = stream, [self._again]
             self._dial()
         elif not reset and (self._tunnel or (self._body is not None and self._until_close)):
             self._release(stream, reusable=False)

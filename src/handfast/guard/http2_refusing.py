@@ -83,9 +83,7 @@ class Http2Refusing:
     def _close(self) -> None:
         self._machine.close_connection(ErrorCodes.NO_ERROR)
         self._send()
-        self._channel.close()
-        self._connection.transport.write(self._channel.take())
-        self._connection.linger()
+        self._connection.linger(self._channel)
 
     def _send(self) -> None:
         if data := self._machine.data_to_send():

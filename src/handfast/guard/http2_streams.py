@@ -7,13 +7,13 @@ brings the answer: a `Line` (http2_lines) to an app of HTTP/1.1, a `Call` (http2
 from __future__ import annotations
 
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from h2.errors import ErrorCodes
 
 from handfast.errors import Failure, Reason
 from handfast.guard.door import Admission
-from handfast.guard.events import Logged, Timing, refusal_body, told
+from handfast.guard.events import Logged, Timing
 from handfast.guard.http2_frames import Outflow
 from handfast.wire.bodies import BodyKind
 from handfast.wire.http1 import Header, RequestHead
@@ -42,8 +42,8 @@ class Stream:
     """See the module's docstring. `admission` is there where the request was let through."""
 
     __slots__ = (
-        *("_held", "_lasting", "_out", "_session", "_stalled", "admission", "asked", "carrier", "deadline", "head"),
-        *("id", "number", "status", "timing"),
+        *("_counted", "_held", "_lasting", "_out", "_session", "_stalled", "admission", "asked", "carrier", "deadline"),
+        *("head", "id", "number", "status", "timing"),
     )
 
     def __init__(
@@ -60,6 +60,7 @@ class Stream:
         self.status = 0  # of the answer, once it began
         self.deadline = float("inf")  # on the clock of `monotonic`
         self._out = Outflow(session.machine, session.frames, identifier)
+        self._counted = 0  # bytes of the answer, as the session counts them
         self._held = 0  # bytes that the client may not send again before they went on
         self._stalled = False  # the client takes no more for now
         self._lasting = False  # may rest in the midst of its answer: a websocket, gRPC
@@ -127,6 +128,7 @@ class Stream:
         """Send what the client takes."""
         out, before = self._out, self._out.size
         credit = 0 if self._session.blocked else out.pump()
+        self._count()
         if credit and self.carrier is not None:
             self.carrier.sent(credit)
         if out.done:
@@ -193,14 +195,10 @@ class Stream:
     def refuse(self, failure: Failure) -> None:
         """Answer in place of the app."""
         connection, head = self._session.connection, self.head
-        request_id = f"{connection.id}-{self.number}"
-        self.status = failure.reason.http or 403
-        said: dict[str, Any] = {"request": request_id, "decision": "deny" if self.admission is None else "allow"}
-        said |= {"rule": failure.facts.get("rule"), "status": self.status}
-        connection.event("request", said | ({} if head is None else request_facts(head)) | told(failure))
+        began = None if self.admission is None else self.timing.began
+        self.status, body = connection.refuse_request(self.number, head, failure, began)
         self.admission = None  # it is logged
         self.taken(self._held)
-        body = refusal_body(failure.reason, request_id)
         fields = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         bodiless = head is not None and head.method == b"HEAD"
         self.answered(self.status, fields, last=bodiless)
@@ -252,14 +250,12 @@ class Stream:
         if carrier is not None:
             carrier.cut(code)
         self._out.drop()
+        self._count()
         self.taken(self._held)
         self._session.forget(self)
 
-
-def request_facts(head: RequestHead) -> dict[str, str]:
-    """What the log says of a request; never its query, which may hold secrets."""
-    return {
-        "method": head.method.decode("ascii", "replace"),
-        "host": head.host.decode("ascii", "replace"),
-        "path": head.path[:512].decode("ascii", "replace"),
-    }
+    def _count(self) -> None:
+        """Tell the session what waits here for the client."""
+        if self._out.size != self._counted:
+            more, self._counted = self._out.size - self._counted, self._out.size
+            self._session.hold(more)

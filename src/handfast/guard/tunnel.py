@@ -60,7 +60,7 @@ class Tunnel:
         """Dial the app: the decision is made."""
         connection = self._connection
         connection.transport.pause_reading()
-        self._wait()
+        self._connection.set_deadline(self._connection.limits.tunnel_idle)
         upstreams = connection.site.routes[0].upstreams
         self._dialling = upstreams.dial(self, connection.preface(upstreams))
 
@@ -101,7 +101,7 @@ class Tunnel:
         moved = self._in + self._out
         if moved != self._moved:
             self._moved = moved
-            self._wait()
+            self._connection.set_deadline(self._connection.limits.tunnel_idle)
             return
         limit = self._connection.limits.tunnel_idle
         self._connection.event("ended", told(Failure(Reason.ENDED_IDLE, {"limit": f"{limit:g}"})))
@@ -181,13 +181,6 @@ class Tunnel:
                 return
         if records := self._channel.take():  # answers of TLS itself, as to a KeyUpdate
             self._connection.send(records)
-
-    def _wait(self) -> None:
-        limit = self._connection.limits.tunnel_idle
-        if limit is None:
-            self._connection.deadline = float("inf")
-        else:
-            self._connection.set_deadline(limit)
 
     def _log_end(self) -> None:
         took = round((monotonic() - self._connection.opened) * 1000, 1)

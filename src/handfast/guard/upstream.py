@@ -140,29 +140,20 @@ class Upstreams:
         return asyncio.get_running_loop().create_task(self._dial_one(backend, owner))
 
     async def _dial_one(self, backend: Backend, owner: Owner) -> None:
-        opened = await _open(backend, owner, self, proxy_v2(None) if self.proxy else b"")
-        if isinstance(opened, Failure):
-            _tell(owner, owner.upstream_failed, opened)
-            return
-        _tell(owner, owner.upstream_open, opened)
-        if isinstance(opened, SecureUpstream):
-            opened.start()
+        _hand_over(owner, await _open(backend, owner, self, proxy_v2(None) if self.proxy else b""))
 
     async def _dial(self, owner: Owner, preface: bytes) -> None:
         tried: list[Backend] = []
-        failure = Failure(Reason.UPSTREAM_DOWN, {"target": self.name, "detail": "it has no backend"})
+        opened: Upstream | SecureUpstream | Failure
+        opened = Failure(Reason.UPSTREAM_DOWN, {"target": self.name, "detail": "it has no backend"})
         while len(tried) <= self.retries and (backend := self.choose(monotonic(), tried)) is not None:
             tried.append(backend)
             opened = await _open(backend, owner, self, preface)
             if not isinstance(opened, Failure):
                 backend.took()
-                _tell(owner, owner.upstream_open, opened)
-                if isinstance(opened, SecureUpstream):
-                    opened.start()
-                return
-            failure = opened
+                break
             backend.refused(monotonic())
-        _tell(owner, owner.upstream_failed, failure)
+        _hand_over(owner, opened)
 
 
 class Upstream(asyncio.Protocol):
@@ -410,6 +401,16 @@ def _tell(owner: Owner, what: Callable[..., None], *news: bytes | bool | Failure
         what(*news)
     except Exception as bug:
         owner.upstream_bug(bug)
+
+
+def _hand_over(owner: Owner, opened: Upstream | SecureUpstream | Failure) -> None:
+    """Tell the owner how it went."""
+    if isinstance(opened, Failure):
+        _tell(owner, owner.upstream_failed, opened)
+        return
+    _tell(owner, owner.upstream_open, opened)
+    if isinstance(opened, SecureUpstream):
+        opened.start()
 
 
 async def _open(

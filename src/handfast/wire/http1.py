@@ -26,6 +26,7 @@ from handfast.wire.targets import MAX_HOST, parse_host
 
 MAX_HEAD = 64 * 1024  # bytes; Node takes 16 KiB, Apache 8 KiB a line, Envoy 60 KiB
 MAX_HEADERS = 100  # lines; the default of Apache, HAProxy and gunicorn
+SAFE_METHODS = frozenset({b"GET", b"HEAD", b"OPTIONS"})  # RFC 9110 9.2.1: asking twice does what asking once does
 
 Header = tuple[bytes, bytes]
 
