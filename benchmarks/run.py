@@ -36,7 +36,7 @@ from handfast.pki.keys import KeyType, encode_private_key
 from handfast.pki.names import parse_name
 from handfast.pki.profiles import PROFILES
 from handfast.pki.requests import parse_csr
-from handfast.tls.server import engine_version
+from handfast.tls.engine import engine_version
 
 ROUNDS = 5
 HOST = "web.bench.internal"

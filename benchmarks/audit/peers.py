@@ -96,7 +96,7 @@ def _handfast_command(place: Place) -> list[str]:
 
 def _handfast_version() -> str:
     import handfast
-    from handfast.tls.server import engine_version
+    from handfast.tls.engine import engine_version
 
     return f"{handfast.__version__}, Python {sys.version.split()[0]}, {engine_version()}"
 

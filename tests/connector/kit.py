@@ -7,7 +7,6 @@ import contextlib
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -18,28 +17,23 @@ from typing import Any
 import uvloop
 
 from handfast.connector.call import Generation, Route
-from handfast.connector.listening import bind_port, bind_unix
 from handfast.connector.service import Connector, Limits
 from handfast.connector.words import Own
 from handfast.errors import HandfastError
 from handfast.guard.events import EventLog
+from handfast.guard.listening import bind
+from handfast.guard.places import Place
 from handfast.pki.names import parse_name, parse_pattern
 from handfast.pki.verification import Purpose, Terms, TrustBundle
 from handfast.tls.client import ClientContext, ClientSettings
 from handfast.tls.credential import Credential
+from tests.support.apps import accepted, stop_accepting
 from tests.support.certs import Ca, Leaf
 from tests.support.guards import Events
+from tests.support.waiting import PATIENCE
 
 RENEW = "handfast issue web"
 Look = Callable[[datetime], Generation | HandfastError | None]
-
-
-def until(true: Callable[[], Any], what: str = "it", limit: float = 10) -> None:
-    """Wait until something holds."""
-    deadline = time.monotonic() + limit
-    while not true():
-        assert time.monotonic() < deadline, f"{what} did not come about in {limit} s"
-        time.sleep(0.005)
 
 
 def generation(
@@ -70,7 +64,7 @@ class Calling:
         started: Future[None] = Future()
         self._thread = threading.Thread(target=lambda: uvloop.run(self._main(started)))
         self._thread.start()
-        started.result(10)
+        started.result(PATIENCE)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,23 +72,23 @@ class Calling:
 
     def stop(self) -> None:
         self.loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(20)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "the connector did not stop"
 
     def call(self, function: Any, *arguments: Any) -> Any:
         """Call something on the connector's loop and return what it returns."""
         done: Future[Any] = Future()
         self.loop.call_soon_threadsafe(lambda: done.set_result(function(*arguments)))
-        return done.result(10)
+        return done.result(PATIENCE)
 
     def open(self) -> socket.socket:
         """A local client's connection."""
         if self.unix is not None:
             plug = socket.socket(socket.AF_UNIX)
-            plug.settimeout(10)
+            plug.settimeout(PATIENCE)
             plug.connect(str(self.unix))
             return plug
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
 
     def ask(self, request: bytes) -> bytes:
         """Send bytes and the end; return all that comes back."""
@@ -124,10 +118,10 @@ class Calling:
                 Route(host, int(port)), self.made, log, self.limits, self.pool, self.uids, self.look
             )
             if self.unix is None:
-                plug = bind_port("127.0.0.1", 0)
+                plug = bind(Place("127.0.0.1", 0))
                 self.port = plug.getsockname()[1]
             else:
-                plug = bind_unix(self.unix, others=bool(self.uids))
+                plug = bind(Place(path=str(self.unix)), others=bool(self.uids))
             self.connector.listen(plug)
             started.set_result(None)
         except BaseException as error:
@@ -177,8 +171,10 @@ class Server:
     peers: list[int] = field(default_factory=list)  # serials of the certificates that came
     refusals: list[str] = field(default_factory=list)
     open: list[ssl.SSLSocket] = field(default_factory=list)
+    go: threading.Event = field(default_factory=threading.Event)  # handshakes wait for it
 
     def __enter__(self) -> Server:
+        self.go.set()
         leaf = self.leaf or self.ca.server()
         cert, key = leaf.save(self.folder, "server")
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -190,12 +186,13 @@ class Server:
             self._context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port = self._listener.getsockname()[1]
-        self._threads: list[threading.Thread] = []
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
+        self._acceptor.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._listener.close()
+        stop_accepting(self._listener, self._acceptor)
+        self.go.set()
         self.kill()
 
     @property
@@ -206,22 +203,19 @@ class Server:
         """Cut every connection that is open, as a process that dies does."""
         for tls in self.open:
             with contextlib.suppress(OSError):
-                tls.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(tls, socket.SHUT_RDWR)  # the TLS is its own thread's
         self.open.clear()
 
     def _accept(self) -> None:
-        while True:
-            try:
-                plain, _ = self._listener.accept()
-            except OSError:
-                return
+        while (plain := accepted(self._listener)) is not None:
             self.connections += 1
             threading.Thread(target=self._handle, args=(plain,), daemon=True).start()
 
     def _handle(self, plain: socket.socket) -> None:
-        plain.settimeout(20)
+        plain.settimeout(2 * PATIENCE)
         with plain:
             try:
+                self.go.wait(PATIENCE)
                 with self._context.wrap_socket(plain, server_side=True, suppress_ragged_eofs=False) as tls:
                     shown = tls.getpeercert()
                     assert shown is not None

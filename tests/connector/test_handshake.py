@@ -97,6 +97,31 @@ def test_another_server_is_refused_before_it_sees_our_certificate(
     assert outcome.failures[0].reason is Reason.TLS_ALERT
 
 
+def _broken() -> datetime:
+    raise RuntimeError("a bug")
+
+
+def test_a_bug_while_the_server_is_judged_refuses_it() -> None:
+    """An exception of ours within OpenSSL's call fails the handshake (CVE-2026-27448) and comes out as itself; a
+    server that would have been accepted gets an alert and sees nothing of us.
+    """
+    server = ROOT.server()
+    terms = Terms(TrustBundle((ROOT.certificate,)), Purpose.CLIENT)
+    context = ServerContext(Credential(server.key, server.presented), terms, ServerSettings())
+    ours, theirs = generation(ROOT, WEB).context.connect(_broken), context.accept(lambda: datetime.now(UTC))
+    assert ours.feed(b"") is None
+    theirs.feed(ours.take())
+    with pytest.raises(RuntimeError, match="a bug"):
+        ours.feed(theirs.take())
+    assert ours.peer is None
+    outcome = theirs.feed(ours.take())
+    assert isinstance(outcome, Refused)
+    assert outcome.presented == ()
+    assert outcome.failures[0].reason is Reason.TLS_ALERT
+    with pytest.raises(RuntimeError):  # nor does it go on later
+        ours.feed(b"")
+
+
 def test_a_caller_without_anyone_to_trust_or_to_expect_is_not_made() -> None:
     """No bundle, or nothing that says which server is meant, is refused: a chain alone would let anyone pass."""
     credential = Credential(WEB.key, WEB.presented)

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from handfast.connector.listening import bind_port, bind_unix
 from handfast.connector.service import Limits
-from handfast.errors import Reason, Unreachable
-from tests.connector.kit import Calling, Server, everything, generation, until
+from tests.connector.kit import Calling, Server, everything, generation
 from tests.support.certs import Ca
+from tests.support.waiting import PATIENCE, until
 
 
 @pytest.fixture
@@ -47,27 +46,6 @@ def test_only_the_users_that_are_named_may_call(ca: Ca, tmp_path: Path, place: P
             assert calling.ask(b"x") == b"x"
 
 
-def test_a_dead_socket_is_replaced_and_a_live_one_is_not(place: Path, tmp_path: Path) -> None:
-    """What a killed connector left is taken over; a socket in use, or a file of another kind, is left alone."""
-    bind_unix(place).close()
-    with bind_unix(place), pytest.raises(Unreachable) as used:
-        bind_unix(place)
-    assert used.value.reason is Reason.GUARD_LISTEN
-    file = Path(os.path.relpath(tmp_path / "f"))
-    file.write_text("precious")
-    with pytest.raises(Unreachable):
-        bind_unix(file)
-    assert file.read_text() == "precious"
-
-
-def test_a_port_that_is_taken_is_said_to_be() -> None:
-    """Two connectors cannot have one port, and the error has its name."""
-    with bind_port("127.0.0.1", 0) as plug:
-        port = plug.getsockname()[1]
-        with pytest.raises(Unreachable, match=f"127.0.0.1:{port}: address already in use"):
-            bind_port("127.0.0.1", port)
-
-
 def test_past_the_limit_clients_are_turned_away(ca: Ca, tmp_path: Path) -> None:
     """One connection more than allowed is closed and logged; when one ends, the next is let in."""
     limits = Limits(connections=2, drain=1)
@@ -82,7 +60,7 @@ def test_past_the_limit_clients_are_turned_away(ca: Ca, tmp_path: Path) -> None:
         assert (event["reason"], "--max-connections" in event["remedy"]) == ("connect.full", True)
         for plug in plugs:
             plug.close()
-        until(lambda: not calling.connector.connections)
+        until(lambda: not calling.connector.connections, "the end of both")
         assert calling.ask(b"y") == b"y"
 
 
@@ -95,7 +73,7 @@ def test_without_descriptors_accepts_pause_and_come_back(ca: Ca, tmp_path: Path)
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
             for plug in waiting:
-                plug.settimeout(10)
+                plug.settimeout(PATIENCE)
                 plug.connect(("127.0.0.1", calling.port))
             event = calling.events.next("paused")
             assert (event["reason"], "open files" in event["detail"]) == ("connect.descriptors", True)
@@ -112,13 +90,12 @@ def test_a_log_that_cannot_be_written_lets_nobody_through(ca: Ca, tmp_path: Path
     with Server(ca, tmp_path) as server, Calling(server.address, generation(ca, ca.client())) as calling:
         calling.events.fail = True
         assert calling.ask(b"x") == b"x"
-        until(lambda: calling.connector.log.broken)
+        until(lambda: calling.connector.log.broken, "a broken log")
         before = server.connections
-        with calling.open() as plug:
+        with calling.open() as plug, pytest.raises(ConnectionResetError):  # noqa: PT012  # it may be cut off unheard
             plug.sendall(b"\0")
-            with pytest.raises(ConnectionResetError):
-                everything(plug)
+            everything(plug)
         assert server.connections == before
         calling.events.fail = False
-        until(lambda: not calling.connector.log.broken)
+        until(lambda: not calling.connector.log.broken, "a log that works again")
         assert calling.ask(b"x") == b"x"

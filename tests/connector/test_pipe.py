@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from handfast.connector.service import Limits
-from tests.connector.kit import Calling, Server, count, echo, everything, finish, generation, until
+from tests.connector.kit import Calling, Server, count, echo, everything, finish, generation
 from tests.support.certs import Ca
 from tests.support.guards import Running
+from tests.support.waiting import PATIENCE, until
 
 MIB = 1 << 20
 
@@ -57,7 +58,7 @@ def test_a_client_that_does_not_read_holds_the_server_back(ca: Ca, tmp_path: Pat
         Calling(server.address, generation(ca, ca.client())) as calling,
         calling.open() as plug,
     ):
-        until(lambda: len(sent) >= 1)
+        until(lambda: len(sent) >= 1, "the first MiB")
         held = -1
         while held != len(sent):  # until it stands still
             held = len(sent)
@@ -131,7 +132,7 @@ def test_the_servers_end_leaves_the_request_open(ca: Ca, tmp_path: Path) -> None
             assert everything(plug) == b"I say no more\n"
             plug.sendall(b"but I do")
             plug.shutdown(socket.SHUT_WR)
-            assert done.wait(10)
+            assert done.wait(PATIENCE)
             assert calling.events.next("closed")["how"] == "ended"
     assert bytes(got) == b"but I do"
 
@@ -168,10 +169,10 @@ def test_a_stream_that_the_client_cuts_is_no_end_for_the_server(ca: Ca, tmp_path
             plug.sendall(b"half a request")
             calling.events.next("offered")
             plug.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        until(lambda: ends)
+        until(lambda: ends, "an end")
         assert calling.events.next("closed")["detail"].startswith("the local side cut the connection")
         assert calling.ask(b"") == b""  # the negative twin: an orderly end is one
-        until(lambda: len(ends) == 2)
+        until(lambda: len(ends) == 2, "the second end")
     assert ends in (["ConnectionResetError", "clean"], ["SSLEOFError", "clean"])
 
 
@@ -194,8 +195,8 @@ def test_two_hundred_connections_at_once(ca: Ca, tmp_path: Path) -> None:
                 return everything(plug) == body
 
         assert all(crowd.map(one, range(200)))
-        until(lambda: len(calling.of("closed")) == 200)
-        assert not calling.connector.connections
+        until(lambda: len(calling.of("closed")) == 200, "the end of all")
+        until(lambda: not calling.connector.connections, "no connection left")
 
 
 def test_an_idle_connection_ends_when_that_is_asked_for(ca: Ca, tmp_path: Path) -> None:
@@ -221,13 +222,13 @@ def test_a_drain_lets_what_is_open_finish(ca: Ca, tmp_path: Path) -> None:
             assert plug.recv(1) == b"a"
             stopping = threading.Thread(target=calling.stop)
             stopping.start()
-            until(lambda: not calling.connector._plugs)
+            until(lambda: not calling.connector._plugs, "a closed door")
             with pytest.raises(ConnectionRefusedError):
                 calling.open()
             plug.sendall(b"b")
             plug.shutdown(socket.SHUT_WR)
             assert everything(plug) == b"b"
-            stopping.join(5)
+            stopping.join(PATIENCE)
             assert not stopping.is_alive()
         with Calling(server.address, made, limits=Limits(drain=0.2)) as calling:
             late = calling.open()

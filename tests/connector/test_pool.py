@@ -8,8 +8,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import monotonic
 
-from tests.connector.kit import Calling, Server, generation, until
+from tests.connector.kit import Calling, Server, generation
 from tests.support.certs import Ca
+from tests.support.waiting import until
 
 DAY = timedelta(days=1)
 
@@ -47,9 +48,9 @@ def test_a_call_that_dies_while_it_waits_is_replaced(ca: Ca, tmp_path: Path) -> 
     """A server that restarts leaves no dead call behind: the next client gets a live one."""
     with Server(ca, tmp_path) as server, Calling(server.address, generation(ca, ca.client()), 1) as calling:
         ready(calling, 1)
-        until(lambda: server.open)
+        until(lambda: server.open, "the server's side of it")
         server.kill()
-        until(lambda: server.connections == 2)
+        until(lambda: server.connections == 2, "another call")
         ready(calling, 1)
         assert calling.ask(b"x") == b"x"
 
@@ -61,7 +62,7 @@ def test_a_call_does_not_wait_for_longer_than_a_minute(ca: Ca, tmp_path: Path) -
         calling.call(calling.connector.pool.tick, monotonic() + 40)
         assert server.connections == 1
         calling.call(calling.connector.pool.tick, monotonic() + 60)
-        until(lambda: server.connections == 2)
+        until(lambda: server.connections == 2, "another call")
         ready(calling, 1)
 
 
@@ -75,7 +76,7 @@ def test_a_greeting_that_came_early_is_kept(ca: Ca, tmp_path: Path) -> None:
 
     with Server(ca, tmp_path, greet) as server, Calling(server.address, generation(ca, ca.client()), 1) as calling:
         ready(calling, 1)
-        until(lambda: server.open)
+        until(lambda: server.open, "the server's side of it")
         with calling.open() as plug:
             assert plug.recv(100) == b"+hello\r\n"
         assert calling.events.next("connected")["by"] == "the server's first byte"
@@ -85,9 +86,11 @@ def test_a_server_that_refuses_is_not_pressed(ca: Ca, tmp_path: Path) -> None:
     """While the server refuses, the pool says so once and tries again only after pauses that grow."""
     now = datetime.now(UTC)
     expired = generation(ca, ca.client(not_before=now - 9 * DAY, not_after=now - 3 * DAY))
+    began = monotonic()
     with Server(ca, tmp_path) as server, Calling(server.address, expired, 1) as calling:
         event = calling.events.next("pool")
         assert "it expired 3 days ago" in event["detail"]
-        until(lambda: server.connections >= 3)
-        assert server.connections == 3  # after 0.5 s and 1 s more
+        until(lambda: server.connections >= 3, "a third call")
+        made, passed = server.connections, monotonic() - began
+        assert made <= 1 + sum(passed >= after for after in (0.5, 1.5, 3.5, 7.5))  # pauses of 0.5, 1, 2 and 4 s
         assert len(calling.of("pool")) == 1

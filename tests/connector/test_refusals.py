@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
 from handfast.policy import parse_policy
-from tests.connector.kit import Calling, Server, everything, generation, until
-from tests.support.apps import App, get
+from tests.connector.kit import Calling, Server, everything, generation
+from tests.support.apps import App, get, refusing
 from tests.support.certs import SERVER, Ca, Leaf
 from tests.support.guards import Running
+from tests.support.waiting import until
 
 DAY = timedelta(days=1)
 NOW = datetime.now(UTC)
@@ -36,10 +38,9 @@ def revoking(ca: Ca, leaf: Leaf, folder: Path) -> Path:
 
 def refusal(calling: Calling) -> dict[str, Any]:
     """What a raw client meets: a reset; and the event of it."""
-    with calling.open() as plug:
+    with calling.open() as plug, pytest.raises(ConnectionResetError):  # noqa: PT012  # it may come before it has spoken
         plug.sendall(b"\0raw")
-        with pytest.raises(ConnectionResetError):
-            everything(plug)
+        everything(plug)
     return calling.events.next("refused")
 
 
@@ -108,7 +109,15 @@ def test_with_nothing_sent_a_refusal_is_tried_once_more(ca: Ca, tmp_path: Path) 
         assert calling.events.next("retry")["cause"] == "certificate_expired"
         assert calling.events.next("refused")["cause"] == "certificate_expired"
         assert server.connections == 2
-        refusal(calling)
+        server.go.clear()
+        with calling.open() as plug:
+            plug.sendall(b"\0raw")
+            until(lambda: server.connections == 3, "a handshake that waits")
+            calling.call(lambda: None)  # and what was said is taken in meanwhile
+            server.go.set()
+            with pytest.raises(ConnectionResetError):
+                everything(plug)
+        assert calling.events.next("refused")["cause"] == "certificate_expired"
         assert server.connections == 3
         assert len(calling.of("retry")) == 1
 
@@ -118,18 +127,25 @@ def test_a_client_that_speaks_http_is_told_why(ca: Ca, tmp_path: Path) -> None:
     expired = generation(ca, ca.client(not_before=NOW - 9 * DAY, not_after=NOW - 3 * DAY))
     with Server(ca, tmp_path) as server, Calling(server.address, expired) as calling:
         for cut in (len(get()), 1):
+            server.go.clear()  # or it is refused before it has spoken
             with calling.open() as plug:
                 for at in range(0, len(get()), cut):
                     plug.sendall(get()[at : at + cut])
+                    if at + cut >= len(get()) // 2:
+                        server.go.set()
                 head, _, body = everything(plug).partition(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 502 Bad Gateway\r\n")
             event = calling.events.next("refused")
             assert json.loads(body) == {"error": "connect.refused", "id": event["id"]}
+        server.go.clear()
         with calling.open() as plug:
             plug.sendall(get().replace(b"GET", b"HEAD"))
+            server.go.set()
             assert everything(plug).endswith(b"\r\n\r\n")
+        server.go.clear()
         with calling.open() as plug:  # an inline Redis command is no HTTP
             plug.sendall(b"GET key\r\n")
+            server.go.set()
             with pytest.raises(ConnectionResetError):
                 everything(plug)
 
@@ -159,9 +175,7 @@ def test_a_server_that_is_not_the_one_meant_gets_nothing(
 def test_a_server_that_is_away_or_plain_is_never_spoken_to_in_the_clear(ca: Ca, tmp_path: Path) -> None:
     """Nothing falls back to plain: a plain server gets a ClientHello, and none of the client's bytes."""
     made = generation(ca, ca.client())
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with Calling(f"localhost:{port}", made) as calling:
+    with refusing() as address, Calling(f"localhost:{(port := address.rpartition(':')[2])}", made) as calling:
         event = refusal(calling)
         assert (event["reason"], event["fault"]) == ("connect.unreachable", "the network's")
         assert f"localhost:{port}: connection refused" in event["detail"]
@@ -217,13 +231,15 @@ def test_a_guard_lets_us_through(ca: Ca) -> None:
 
 def test_a_certificate_that_expires_while_it_is_used_is_logged(ca: Ca, tmp_path: Path) -> None:
     """A connection goes on past its certificate's end for as long as the server lets it, and the log says so once."""
-    soon = datetime.now(UTC) + timedelta(seconds=1.5)
-    made = generation(ca, ca.client(not_after=soon))
-    with Server(ca, tmp_path) as server, Calling(server.address, made) as calling, calling.open() as plug:
+    with ExitStack() as stack:
+        server = stack.enter_context(Server(ca, tmp_path))
+        made = generation(ca, ca.client(not_after=datetime.now(UTC) + timedelta(seconds=4)))
+        calling = stack.enter_context(Calling(server.address, made))
+        plug = stack.enter_context(calling.open())
         event = calling.events.next("expired")
         assert "our certificate spiffe://test/web expired on" in event["detail"]
         assert "handfast issue web" in event["remedy"]
         plug.sendall(b"still here")
         assert plug.recv(100) == b"still here"
-        until(lambda: len(calling.of("connected")) == 1)
+        until(lambda: len(calling.of("connected")) == 1, "the event of it")
         assert len(calling.of("expired")) == 1

@@ -14,8 +14,9 @@ from handfast.connector.files import Material, Watch
 from handfast.errors import HandfastError, Reason, VerificationFailed
 from handfast.pki.names import parse_name
 from handfast.tls.client import ClientSettings
-from tests.connector.kit import RENEW, Calling, Server, until
+from tests.connector.kit import RENEW, Calling, Server
 from tests.support.certs import SERVER, Ca, Leaf
+from tests.support.waiting import until
 
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)
@@ -34,6 +35,12 @@ def material(ca: Ca, folder: Path, name: str | None = None) -> Material:
     return Material(folder / "web.crt", folder / "web.key", bundle, settings, RENEW, parse_name("localhost"), name)
 
 
+def settled(watch: Watch) -> Generation | HandfastError | None:
+    """What a change comes to, once a second look finds the files at rest."""
+    assert watch.look(NOW) is None
+    return watch.look(NOW)
+
+
 def test_a_new_pair_is_taken_whole(ca: Ca, tmp_path: Path) -> None:
     """Nothing happens while nothing changes; a new pair is a new generation, once."""
     first, second = ca.client(), ca.client()
@@ -42,12 +49,28 @@ def test_a_new_pair_is_taken_whole(ca: Ca, tmp_path: Path) -> None:
     assert watch.first(NOW).own.chain == first.presented
     assert watch.look(NOW) is None
     (tmp_path / "web.crt").touch()
-    assert watch.look(NOW) is None  # another time on it, the same bytes in it
+    assert settled(watch) is None  # another time on it, the same bytes in it
     place(second, tmp_path)
-    taken = watch.look(NOW)
+    taken = settled(watch)
     assert isinstance(taken, Generation)
     assert taken.own.chain == second.presented
     assert watch.look(NOW) is None
+
+
+def test_a_pair_that_comes_piece_by_piece_is_no_failure(ca: Ca, tmp_path: Path) -> None:
+    """A certificate whose key is still to come is not taken for a bad change."""
+    first, second = ca.client(), ca.client()
+    place(first, tmp_path)
+    watch = Watch(material(ca, tmp_path))
+    watch.first(NOW)
+    cert, key = second.save(tmp_path, "next")
+    os.replace(cert, tmp_path / "web.crt")
+    assert watch.look(NOW) is None
+    os.replace(key, tmp_path / "web.key")
+    taken = settled(watch)
+    assert isinstance(taken, Generation)
+    assert taken.own.chain == second.presented
+    assert watch.failures == 0
 
 
 @pytest.mark.parametrize(
@@ -83,8 +106,7 @@ def test_a_bad_change_keeps_what_is_in_force_and_is_told_once(
             place(ca.client(eku=[SERVER]), tmp_path)
         case "bundle":
             (tmp_path / "bundle.crt").write_bytes((tmp_path / "web.crt").read_bytes())
-    assert watch.look(NOW) is None
-    failure = watch.look(NOW)
+    failure = settled(watch)
     assert isinstance(failure, HandfastError)
     assert failure.reason is reason
     assert watch.look(NOW) is None
@@ -103,8 +125,7 @@ def test_a_pair_that_is_not_valid_yet_is_taken_when_it_is(ca: Ca, tmp_path: Path
     watch = Watch(material(ca, tmp_path))
     watch.first(NOW)
     place(ca.client(not_before=NOW + timedelta(hours=1), not_after=NOW + DAY), tmp_path)
-    assert watch.look(NOW) is None
-    assert isinstance(watch.look(NOW), VerificationFailed)
+    assert isinstance(settled(watch), VerificationFailed)
     assert isinstance(watch.look(NOW + timedelta(hours=2)), Generation)
 
 
@@ -152,8 +173,8 @@ def test_certificates_change_under_traffic_without_a_connection_lost(ca: Ca, tmp
                 for count in range(1, 4):
                     leaf = ca.client()
                     place(leaf, tmp_path)
-                    until(lambda serial=leaf.certificate.serial_number: serial in server.peers)  # type: ignore[misc]  # a lambda's default
-                    until(lambda many=count: len(calling.of("reload")) == many)  # type: ignore[misc]  # likewise
+                    until(lambda serial=leaf.certificate.serial_number: serial in server.peers, "the new certificate")  # type: ignore[misc]  # a lambda's default
+                    until(lambda many=count: len(calling.of("reload")) == many, "the event of it")  # type: ignore[misc]  # likewise
             finally:
                 stop.set()
                 for caller in callers:

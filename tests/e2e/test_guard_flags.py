@@ -206,6 +206,16 @@ def test_a_port_that_is_taken(call: Caller, tmp_path: Path, app: App) -> None:
         assert call.refused("guard", *NEEDED, *words) == (Exit.UNREACHABLE, "guard.listen")
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_file_in_the_place_of_a_socket_stays(call: Caller, tmp_path: Path, workers: str) -> None:
+    """A UNIX address that names a file, by a mistake in typing, is exit 6, and costs nobody the file."""
+    Files(tmp_path)
+    (tmp_path / "precious").write_text("data")
+    words = ("--listen", "unix:precious", "--workers", workers)
+    assert call.refused("guard", *NEEDED, *words) == (Exit.UNREACHABLE, "guard.listen")
+    assert (tmp_path / "precious").read_text() == "data"
+
+
 def test_a_configuration_that_is_not_there(call: Caller, tmp_path: Path) -> None:
     """A file that is missing, empty, a folder or not UTF-8 is told as such."""
     (tmp_path / "empty").touch()

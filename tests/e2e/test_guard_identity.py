@@ -104,7 +104,8 @@ def test_the_app_can_check_the_assertion(files: Files, workers: int) -> None:
         der = files.clients["alice"].certificate.public_bytes(Encoding.DER)
         thumbprint = base64.urlsafe_b64encode(hashlib.sha256(der).digest()).rstrip(b"=").decode()
         assert claims["cnf"]["x5t#S256"] == thumbprint  # RFC 8705 3.1
-    assert len({jwt.decode(token, options={"verify_signature": False})["jti"] for token in tokens}) == 6
+    # One token serves all of a client's connections for a part of its life; each worker makes its own.
+    assert 1 <= len({jwt.decode(token, options={"verify_signature": False})["jti"] for token in tokens}) <= workers
     with pytest.raises(jwt.InvalidAudienceError):
         jwt.decode(tokens[0], key, algorithms=["ES256"], audience="bank")
     head, body, signature = tokens[0].split(".")

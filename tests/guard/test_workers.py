@@ -9,23 +9,28 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from handfast.errors import Reason, Unreachable
-from handfast.guard.workers import auto_workers, bind_shared, deal
-from tests.support.programs import Child, environment, free_port
+from handfast.errors import Reason
+from handfast.guard.listening import bind_shared
+from handfast.guard.places import Place
+from handfast.guard.workers import auto_workers, deal
+from tests.support.programs import Child, environment
+from tests.support.waiting import PATIENCE, until
 
 # What a worker does here: it answers each connection with its number and pid, and reports each answer.
 PROGRAM = """
 import json, os, select, signal, socket, sys, time
 from handfast.errors import HandfastError, InvalidInput, Reason
 from handfast.guard import workers
-from handfast.guard.workers import Plan, Worker, bind_shared, deal, supervise
+from handfast.guard.listening import bind_shared
+from handfast.guard.places import Place
+from handfast.guard.workers import Plan, Worker, deal, supervise
 
 mode, count, drain = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 workers.LONG_LIFE = float(os.environ.get("LONG_LIFE", workers.LONG_LIFE))
@@ -77,7 +82,7 @@ def run(worker):
                 except BlockingIOError:
                     continue
                 with connection:
-                    connection.settimeout(5)
+                    connection.settimeout(60)
                     if connection.recv(1):
                         connection.sendall(b"%d %d" % (worker.index, os.getpid()))
                 if worker.report is not None:
@@ -93,7 +98,7 @@ def admin(worker):
         say("reported", {"by": int(worker.report.recv(100))})
 
 
-plugs = bind_shared(socket.AF_INET, ("127.0.0.1", 0), count)
+plugs = bind_shared(Place("127.0.0.1", 0), count)
 say("bound", {"port": plugs[0].getsockname()[1], "pid": os.getpid()})
 plan = Plan(run, deal(plugs, count), say, admin=admin if mode == "admin" else None, drain=drain)
 try:
@@ -111,7 +116,8 @@ class Supervised:
         script = folder / "workers.py"
         script.write_text(PROGRAM)
         words = (sys.executable, script, mode, str(count), str(drain))
-        self.child = Child(words, folder, environment(**more), merge=False)
+        # What is a long life is told by the clock, and so by the machine: none is, where a test does not ask for it.
+        self.child = Child(words, folder, environment(**({"LONG_LIFE": "1000"} | more)), merge=False)
 
     def __enter__(self) -> Supervised:
         self.child.__enter__()
@@ -141,7 +147,7 @@ class Supervised:
 
     def wait(self) -> int:
         """The exit code, once it has ended by itself."""
-        return self.child._process.wait(20)
+        return self.child._process.wait(2 * PATIENCE)
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -150,20 +156,13 @@ class Supervised:
 
 def ask(port: int) -> tuple[int, int]:
     """Which worker answers, and its pid. Raises OSError when the connection is refused or reset."""
-    with socket.create_connection(("127.0.0.1", port), 10) as connection:
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as connection:
         connection.sendall(b"?")
         answer = connection.recv(100)
     if not answer:
         raise ConnectionResetError("closed without an answer")
     index, pid = answer.split()
     return int(index), int(pid)
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 15
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 def alive(pid: int) -> bool:
@@ -195,7 +194,7 @@ def test_a_worker_that_dies_is_restarted_and_refuses_nobody(serving: tuple[Super
     supervised, pids = serving
     for turn in range(3):
         os.kill(pids[1], signal.SIGKILL)
-        until(lambda: not alive(pids[1]), "it did not die")
+        until(lambda: not alive(pids[1]), "its death")
         answers = [ask(supervised.port) for _ in range(100)]  # each would raise
         died = supervised.next("worker_died", worker=1)
         assert (died["how"], died["reason"]) == ("signal 9", Reason.GUARD_WORKER_DIED.code)
@@ -211,8 +210,8 @@ def test_a_connection_waits_for_the_restart(serving: tuple[Supervised, dict[int,
     supervised, pids = serving
     for pid in pids.values():
         os.kill(pid, signal.SIGKILL)
-    until(lambda: not any(map(alive, pids.values())), "they did not die")
-    waiting = [socket.create_connection(("127.0.0.1", supervised.port), 10) for _ in range(20)]
+    until(lambda: not any(map(alive, pids.values())), "their death")
+    waiting = [socket.create_connection(("127.0.0.1", supervised.port), PATIENCE) for _ in range(20)]
     answered = set()
     for connection in waiting:
         with connection:
@@ -248,7 +247,7 @@ def test_a_long_life_forgets_earlier_deaths(tmp_path: Path) -> None:
 
 def test_a_closed_socket_resets_those_who_wait() -> None:
     """Why the parent keeps the sockets of the dead: to close one of a shared port resets its queue."""
-    kept, closed = bind_shared(socket.AF_INET, ("127.0.0.1", 0), 2)
+    kept, closed = bind_shared(Place("127.0.0.1", 0), 2)
     waiting = [socket.create_connection(kept.getsockname(), 5) for _ in range(50)]
     closed.close()
     ends: Counter[str] = Counter()
@@ -323,7 +322,7 @@ def test_a_worker_that_does_not_drain_is_killed(tmp_path: Path) -> None:
         began = time.monotonic()
         supervised.signal(signal.SIGTERM)
         assert supervised.wait() == 1
-        assert 0.3 <= time.monotonic() - began < 5
+        assert 0.3 <= time.monotonic() - began < 20
         supervised.child.stop()
         killed = [event["reason"] for event in supervised.events if event["event"] == "worker_killed"]
     assert killed == [Reason.GUARD_WORKER_STUCK.code] * 2
@@ -346,7 +345,7 @@ def test_sighup_is_passed_on(tmp_path: Path) -> None:
     """SIGHUP reaches each worker, each time, and ends nobody; systemd is told when all have acted on it."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
-        systemd.settimeout(10)
+        systemd.settimeout(PATIENCE)
         with Supervised(tmp_path, NOTIFY_SOCKET=str(tmp_path / "notify")) as supervised:
             pids = supervised.serving()
             assert systemd.recv(1000) == b"READY=1"
@@ -365,14 +364,19 @@ def test_the_watchdog_is_fed(tmp_path: Path) -> None:
     """systemd's watchdog hears of the parent in each half of its time, with nothing else going on."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
-        systemd.settimeout(10)
+        systemd.settimeout(PATIENCE)
         with Supervised(tmp_path, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="200000") as supervised:
             supervised.serving()
             while systemd.recv(1000) != b"READY=1":
                 pass
-            began = time.monotonic()
-            assert [systemd.recv(1000) for _ in range(4)] == [b"WATCHDOG=1"] * 4
-            assert time.monotonic() - began > 0.25
+
+            def four() -> float:
+                began = time.monotonic()
+                assert [systemd.recv(1000) for _ in range(4)] == [b"WATCHDOG=1"] * 4
+                return time.monotonic() - began
+
+            # Where this process was held up, what had come meanwhile is read at once; it is not every time.
+            until(lambda: four() > 0.25, "a time between the messages")
 
 
 def test_workers_end_with_their_parent(serving: tuple[Supervised, dict[int, int]]) -> None:
@@ -380,7 +384,7 @@ def test_workers_end_with_their_parent(serving: tuple[Supervised, dict[int, int]
     supervised, pids = serving
     supervised.signal(signal.SIGKILL)
     assert {supervised.next("got", signal="SIGTERM")["worker"] for _ in pids} == {0, 1}
-    until(lambda: not any(map(alive, pids.values())), "workers outlived their parent")
+    until(lambda: not any(map(alive, pids.values())), "the end of the workers")
 
 
 def test_the_admin_process_reads_reports_and_stops_last(tmp_path: Path) -> None:
@@ -424,32 +428,8 @@ def test_a_process_with_threads_is_not_forked() -> None:
         "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
         "supervise(Plan(lambda worker: 0, [[]], print))"
     )
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False)
     assert "ValueError: supervise() forks, so there must be no other thread" in done.stderr
-
-
-def test_a_port_of_another_is_not_shared_by_mistake() -> None:
-    """SO_REUSEPORT would let two guards take one port and half of each other's clients: the second is refused."""
-    port = free_port()
-    first = bind_shared(socket.AF_INET, ("127.0.0.1", port), 2)
-    try:
-        with pytest.raises(Unreachable) as refused:
-            bind_shared(socket.AF_INET, ("127.0.0.1", port), 2)
-        assert refused.value.reason is Reason.GUARD_LISTEN
-        assert refused.value.facts == {"address": f"127.0.0.1:{port}", "detail": "address already in use"}
-    finally:
-        for plug in first:
-            plug.close()
-    for plug in bind_shared(socket.AF_INET, ("127.0.0.1", port), 3):  # and is free again at once
-        assert plug.getsockname()[1] == port
-        assert not plug.get_inheritable()
-        plug.close()
-
-
-def test_a_unix_address_is_not_bound_twice() -> None:
-    """A UNIX socket cannot be bound by each worker; to ask for it is a mistake of the caller."""
-    with pytest.raises(ValueError):
-        bind_shared(socket.AF_UNIX, ("/tmp/x",), 2)
 
 
 @pytest.mark.parametrize(("sockets", "workers"), [(1, 1), (1, 4), (2, 3), (3, 2), (4, 4), (7, 2), (2, 7)])
@@ -471,6 +451,6 @@ def test_as_many_workers_as_processors() -> None:
     """`auto` is the number of processors that the process may use, not of those that the machine has."""
     source = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
     source += "from handfast.guard.workers import auto_workers; print(auto_workers())"
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=20, check=True)
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "1"
     assert auto_workers() == len(os.sched_getaffinity(0))

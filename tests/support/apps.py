@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import socket
 import ssl
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.support.certs import Leaf
+from tests.support.waiting import PATIENCE
 
 HELLO = b"HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\nHello World\n"
 Answer = Callable[[socket.socket, bytes], None]
@@ -37,22 +42,19 @@ class App:
     def __enter__(self) -> App:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
+        self._acceptor.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._listener.close()
+        stop_accepting(self._listener, self._acceptor)
 
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
     def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
+        while (connection := accepted(self._listener)) is not None:
             self.connections += 1
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
@@ -70,6 +72,34 @@ class App:
                 return
 
 
+def accepted(listener: socket.socket) -> socket.socket | None:
+    """The next connection; None once the listener was shut down. That files run out for a while ends no app."""
+    while True:
+        try:
+            return listener.accept()[0]
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED):
+                return None
+            time.sleep(0.01)
+
+
+def stop_accepting(listener: socket.socket, acceptor: threading.Thread) -> None:
+    """Close a listener on which a thread waits. Closing alone does not wake the thread, and the port stays open."""
+    with contextlib.suppress(OSError):
+        listener.shutdown(socket.SHUT_RDWR)
+    acceptor.join(PATIENCE)
+    assert not acceptor.is_alive(), "the app still accepts"
+    listener.close()
+
+
+@contextmanager
+def refusing() -> Iterator[str]:
+    """An address at which every connection is refused, and that nobody else can take meanwhile."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # and never listened on
+        yield f"127.0.0.1:{held.getsockname()[1]}"
+
+
 def client_context(ca: Path, leaf: Leaf | None = None, folder: Path | None = None) -> ssl.SSLContext:
     """A stdlib client context that trusts `ca` and, with `leaf`, presents it."""
     context = ssl.create_default_context(cafile=str(ca))
@@ -81,10 +111,10 @@ def client_context(ca: Path, leaf: Leaf | None = None, folder: Path | None = Non
 
 
 def talk(address: str, context: ssl.SSLContext, request: bytes, server_name: str = "localhost") -> bytes:
-    """Send `request` over TLS and return all that comes back until the far side closes or 5 s pass."""
+    """Send `request` over TLS and return all that comes back until the far side closes or there is silence for long."""
     host, _, port = address.rpartition(":")
     with (
-        socket.create_connection((host, int(port)), timeout=5) as plain,
+        socket.create_connection((host, int(port)), timeout=PATIENCE) as plain,
         context.wrap_socket(plain, server_hostname=server_name) as tls,
     ):
         tls.sendall(request)

@@ -114,7 +114,7 @@ def make(spec: Spec, issuer: Ca | None) -> Leaf:
         .issuer_name(issuer.certificate.subject if issuer else subject)
         .public_key(key.public_key())
         .serial_number(spec.serial or x509.random_serial_number())
-        .not_valid_before(spec.not_before or _now() - timedelta(minutes=5))
+        .not_valid_before(spec.not_before or _now() - timedelta(hours=1))
         .not_valid_after(spec.not_after or _now() + DAY)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), False)

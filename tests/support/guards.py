@@ -17,15 +17,17 @@ import uvloop
 from handfast.guard.connection import Limits, Listener
 from handfast.guard.events import EventLog
 from handfast.guard.limits import Gate
+from handfast.guard.listening import bind
 from handfast.guard.places import Place, parse_target
-from handfast.guard.routes import Snapshot, one_site
-from handfast.guard.service import Guard, bind
+from handfast.guard.routes import HTTP_ALPN, Snapshot, one_site
+from handfast.guard.service import Guard
 from handfast.guard.upstream import Backend, Upstreams
 from handfast.pki.verification import Purpose, Terms, TrustBundle
 from handfast.policy import ALLOW_ANY, Policy
 from handfast.tls.credential import Credential
 from handfast.tls.server import ServerContext, ServerSettings
 from tests.support.certs import Ca, Leaf
+from tests.support.waiting import PATIENCE
 
 
 class Events:
@@ -48,10 +50,13 @@ class Events:
     def flush(self) -> None:
         pass
 
-    def next(self, kind: str, timeout: float = 10) -> dict[str, Any]:
+    def next(self, kind: str, timeout: float = PATIENCE) -> dict[str, Any]:
         """The next event of this kind; others before it are passed over."""
         while True:
-            event = self._queue.get(timeout=timeout)
+            try:
+                event = self._queue.get(timeout=timeout)
+            except queue.Empty:
+                raise AssertionError(f"no event {kind!r} came in {timeout:g} s: {self.all[-3:]}") from None
             if event["event"] == kind:
                 return event
 
@@ -77,7 +82,7 @@ class Running:
         """What is in force, or would be with other terms."""
         target = self.upstreams.target
         server = self.server or self.ca.server()
-        alpn = (b"h2", b"http/1.1") if target.http else self.alpn
+        alpn = HTTP_ALPN if target.http else self.alpn
         settings = ServerSettings(answer_refusals=target.http, allow_tls12=self.tls12, alpn=alpn)
         bundle = terms.pop("bundle", TrustBundle((self.ca.certificate,), self.trust_domain))
         asked = Terms(bundle, Purpose.CLIENT, legacy=self.legacy, **terms)
@@ -93,19 +98,19 @@ class Running:
         started: Future[str] = Future()
         self._thread = threading.Thread(target=lambda: uvloop.run(self._main(started)))
         self._thread.start()
-        self.address = started.result(10)
+        self.address = started.result(PATIENCE)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(20)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "the guard did not stop"
 
     def call(self, function: Any, *arguments: Any) -> Any:
         """Call something on the guard's loop and return what it returns."""
         done: Future[Any] = Future()
         self.loop.call_soon_threadsafe(lambda: done.set_result(function(*arguments)))
-        return done.result(10)
+        return done.result(PATIENCE)
 
     def swap(self, snapshot: Snapshot) -> None:
         self.call(self.guard.swap, snapshot)

@@ -19,6 +19,9 @@ from h2.frame_buffer import FrameBuffer
 from h2.settings import SettingCodes, Settings
 from hyperframe.frame import Frame, GoAwayFrame
 
+from tests.support.apps import accepted, stop_accepting
+from tests.support.waiting import PATIENCE, until
+
 Fields = Iterable[tuple[str, str]]
 
 
@@ -63,7 +66,7 @@ class Client:
     def __init__(self, address: str, context: ssl.SSLContext, *, greedy: bool = True, **initial: int) -> None:
         host, _, port = address.rpartition(":")
         context.set_alpn_protocols(["h2"])
-        plain = socket.create_connection((host, int(port)), timeout=10)
+        plain = socket.create_connection((host, int(port)), timeout=PATIENCE)
         self.tls = context.wrap_socket(plain, server_hostname="localhost")
         assert self.tls.selected_alpn_protocol() == "h2"
         self.authority = f"localhost:{port}"
@@ -72,6 +75,7 @@ class Client:
         self.goaway: tuple[int, int] | None = None  # its code and last stream
         self.pongs = 0
         self.closed = False
+        self._deaf = False  # the far side takes no more
         self.h2 = connection(client=True, **initial)
         self.h2.incoming_buffer = _Reader(self, self.h2.incoming_buffer)  # type: ignore[assignment]  # as much as is used
         self.h2.initiate_connection()
@@ -87,11 +91,15 @@ class Client:
         self.raw(self.h2.data_to_send())
 
     def raw(self, data: bytes) -> None:
-        """Send bytes as they are; a far side that is gone already is seen when reading."""
+        """Send bytes as they are. Where the far side is gone already, what it said before is read to the end."""
+        if self._deaf:
+            return
         try:
             self.tls.sendall(data)
         except (ConnectionError, ssl.SSLError):
-            self.closed = True
+            self._deaf = True
+            while not self.closed:
+                self.read()
 
     def head(self, path: str = "/", *headers: tuple[str, str], method: str = "GET") -> list[tuple[str, str]]:
         """A usual header list."""
@@ -130,7 +138,7 @@ class Client:
         self.until(lambda: until(self.answers[stream]))
         return self.answers[stream]
 
-    def until(self, true: Callable[[], bool], timeout: float = 15) -> None:
+    def until(self, true: Callable[[], bool], timeout: float = 2 * PATIENCE) -> None:
         """Read until something is true, or the connection is closed."""
         deadline = time.monotonic() + timeout
         while not true() and not self.closed:
@@ -217,11 +225,12 @@ class Http2App:
 
     def __enter__(self) -> Http2App:
         self._listener = socket.create_server(("127.0.0.1", 0))
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
+        self._acceptor.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._listener.close()
+        stop_accepting(self._listener, self._acceptor)
 
     @property
     def address(self) -> str:
@@ -233,17 +242,10 @@ class Http2App:
 
     def until(self, kind: type[events.Event], count: int = 1) -> None:
         """Wait until it has seen so many of a kind."""
-        deadline = time.monotonic() + 10
-        while sum(isinstance(event, kind) for event in self.seen) < count:
-            assert time.monotonic() < deadline, f"no {kind.__name__} came"
-            time.sleep(0.01)
+        until(lambda: sum(isinstance(event, kind) for event in self.seen) >= count, f"{count} {kind.__name__}")
 
     def _accept(self) -> None:
-        while True:
-            try:
-                plain, _ = self._listener.accept()
-            except OSError:
-                return
+        while (plain := accepted(self._listener)) is not None:
             self.connections += 1
             threading.Thread(target=self._serve, args=(plain,), daemon=True).start()
 

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 PATH = os.environ.get("PATH", os.defpath) + os.pathsep + "/usr/sbin"  # where Debian keeps nginx
 HANDFAST = (sys.executable, "-m", "handfast")
 REQUEST = "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-WAIT = 20.0  # seconds until a program counts as hung
+WAIT = 60.0  # seconds until a program counts as hung; a browser takes long to start on a slow machine
 
 Finished = subprocess.CompletedProcess[str]
 
@@ -88,9 +88,13 @@ def refused(*words: str | Path, folder: Path) -> tuple[int, dict[str, Any]]:
 
 
 def free_port() -> int:
-    """A port on which nothing listens, below those that the kernel gives to outgoing connections."""
+    """A port on which nothing listens, below those that the kernel gives to outgoing connections.
+
+    Each of the processes that run tests at once has a range of its own: none takes another's before it is bound.
+    """
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 16
     while True:
-        port = random.randrange(20_000, 32_000)
+        port = 20_000 + number * 750 + random.randrange(750)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

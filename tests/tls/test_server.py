@@ -13,16 +13,15 @@ from handfast.errors import Failure, InvalidInput, Reason
 from handfast.pki import Purpose, Terms, TrustBundle
 from handfast.tls.client import ClientHandshake
 from handfast.tls.credential import Credential
+from handfast.tls.engine import engine_version
 from handfast.tls.reasons import handshake_failure
 from handfast.tls.server import (
     Accepted,
     Channel,
     Refused,
     ServerContext,
-    ServerHandshake,
     ServerSettings,
     TlsBroken,
-    engine_version,
 )
 from tests.support.certs import Ca, Leaf
 
@@ -173,16 +172,37 @@ def test_a_key_of_another_certificate_makes_no_context() -> None:
     assert refused.value.reason is Reason.TLS_HANDSHAKE
 
 
-def test_an_exception_while_judging_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """B8: a callback that raises fails the handshake; the client is never accepted (CVE-2026-27448)."""
+def _broken() -> datetime:
+    raise RuntimeError("a bug")
 
-    def explode(*_: object) -> bool:
-        raise RuntimeError("a bug")
 
-    monkeypatch.setattr(ServerHandshake, "on_certificate", explode)
-    context, leaf = _context(), ROOT.client()
-    with pytest.raises((RuntimeError, TlsBroken, AssertionError)):
-        _shake(context, leaf)
+@pytest.mark.parametrize(("answer_refusals", "told"), [(False, True), (True, False)])
+def test_an_exception_while_judging_refuses(answer_refusals: bool, told: bool) -> None:
+    """B8: a bug while a good client is judged comes out as itself and makes no peer (CVE-2026-27448); within the
+    handshake it fails that as well.
+    """
+    leaf = ROOT.client()
+    client = ClientHandshake("localhost", Credential(leaf.key, leaf.presented))
+    server = _context(answer_refusals=answer_refusals).accept(_broken)
+    client.feed(b"")
+    server.feed(client.take())
+    channel = client.feed(server.take())
+    assert channel is not None
+    with pytest.raises(RuntimeError, match="a bug"):
+        server.feed(client.take())
+    channel.feed(server.take())
+    if told:
+        with pytest.raises(TlsBroken) as broken:
+            channel.read()
+        assert broken.value.failure.reason is Reason.TLS_ALERT
+
+
+@pytest.mark.parametrize("answer_refusals", [True, False])
+def test_the_same_client_is_accepted_without_the_bug(answer_refusals: bool) -> None:
+    """The negative twin: wherever it is judged, the same client is a peer."""
+    outcome, _ = _shake(_context(answer_refusals=answer_refusals), ROOT.client())
+    assert isinstance(outcome, Accepted)
+    assert outcome.peer is not None
 
 
 def test_an_unknown_error_is_still_a_reason() -> None:

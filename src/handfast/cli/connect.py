@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -34,13 +35,13 @@ from handfast.cli.output import (
 )
 from handfast.connector.call import CallFailed, Route, Tried, try_out
 from handfast.connector.files import Material, Watch
-from handfast.connector.listening import bind_port, bind_unix
 from handfast.connector.service import Connector, Limits
 from handfast.connector.words import span
 from handfast.errors import Failure, HandfastError, InvalidInput, Reason
 from handfast.files import read_file
 from handfast.guard.events import EventLog, told
-from handfast.guard.places import join_address, parse_address
+from handfast.guard.listening import bind
+from handfast.guard.places import Place, join_address, parse_address, parse_place
 from handfast.guard.service import raise_descriptor_limit
 from handfast.pki.certificates import certificate_names, label, parse_certificates
 from handfast.pki.names import Kind, Name, parse_dns, parse_name, parse_pattern
@@ -139,7 +140,7 @@ def connect_(
     state folder is renewed at half its life.
     """
     place = _place(listen, unsafe=unsafe_listen)
-    if uids and not isinstance(place, Path):
+    if uids and not place.path:
         raise click.UsageError("--unix-uid goes with --listen unix:PATH; a TCP port does not tell who calls")
     route = _route(to)
     secret = None if key_passphrase_file is None else first_line(key_passphrase_file)
@@ -153,16 +154,11 @@ def connect_(
     idle_limit = float("inf") if idle is None else parse_lifetime(idle).total_seconds()
     limits = Limits(connections=max_connections, idle=idle_limit)
 
-    def listening() -> socket.socket:
-        if isinstance(place, Path):
-            return bind_unix(place, others=bool(uids))
-        return bind_port(*place)
-
     log = EventLog(sys.stdout.buffer, pretty=not as_json)
     raise_descriptor_limit()
     try:
         connector = Connector(route, generation, log, limits, pool, frozenset(uids), watch.look)
-        _run(_Running(connector, listening, place, not no_check, as_json, renewal).main())
+        _run(_Running(connector, place, not no_check, as_json, renewal).main())
     finally:
         log.close()
 
@@ -223,8 +219,7 @@ class _Running:
     """A connector from its trial of the server to its end."""
 
     connector: Connector
-    bind: Callable[[], socket.socket]
-    place: Path | tuple[str, int]
+    place: Place
     check: bool
     as_json: bool
     renewal: Renewal | None
@@ -234,15 +229,15 @@ class _Running:
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
         loop.set_exception_handler(lambda _loop, context: self._report(context))
         tried = await self._try() if self.check else None
-        plug = self.bind()
+        plug = bind(self.place, others=bool(self.connector.uids))
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
         try:
             await self._serve(plug, tried, stop)
         finally:
-            if isinstance(self.place, Path):
+            if self.place.path:
                 with suppress(OSError):
-                    self.place.unlink()
+                    os.unlink(self.place.path)
 
     async def _serve(self, plug: socket.socket, tried: Tried | Failure | None, stop: asyncio.Event) -> None:
         connector, loop = self.connector, asyncio.get_running_loop()
@@ -281,8 +276,8 @@ class _Running:
 
     def _say(self, plug: socket.socket, tried: Tried | Failure | None) -> None:
         connector = self.connector
-        if isinstance(self.place, Path):
-            shown = url = f"unix:{self.place}"
+        if self.place.path:
+            shown = url = str(self.place)
         else:
             shown = join_address(*plug.getsockname()[:2])
             url = f"tcp://{shown}"
@@ -337,13 +332,10 @@ class _Running:
         self.connector.event("bug", told(failure))
 
 
-def _place(listen: str, *, unsafe: bool) -> Path | tuple[str, int]:
+def _place(listen: str, *, unsafe: bool) -> Place:
     """Where to listen. Raises InvalidInput (INPUT_ADDRESS, CONNECT_OPEN_PORT)."""
     if listen.startswith("unix:"):
-        path = listen.removeprefix("unix:")
-        if not path or "\0" in path or len(path.encode()) > 107:  # sun_path, unix(7)
-            raise InvalidInput(Reason.INPUT_ADDRESS, value=listen, detail="a socket's path has 1 to 107 bytes")
-        return Path(path).absolute()
+        return Place(path=str(Path(parse_place(listen).path).absolute()))
     host, port = parse_address(listen)
     try:
         inside = ipaddress.ip_address(host).is_loopback
@@ -351,7 +343,7 @@ def _place(listen: str, *, unsafe: bool) -> Path | tuple[str, int]:
         inside = host.lower() == "localhost"
     if not inside and not unsafe:
         raise InvalidInput(Reason.CONNECT_OPEN_PORT, address=join_address(host, port))
-    return host, port
+    return Place(host, port)
 
 
 def _route(to: str) -> Route:

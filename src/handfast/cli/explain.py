@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 import sys
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from handfast.cli.look import server_address
 from handfast.cli.output import (
     as_json_option,
     example,
@@ -39,6 +39,7 @@ from handfast.pki.keys import KeyType
 from handfast.pki.names import parse_dns, parse_name
 from handfast.pki.profiles import PROFILES
 from handfast.pki.verification import Purpose, Terms, TrustBundle
+from handfast.tls.client import server_name_of
 from handfast.tls.credential import Credential, load_bundle, load_credential
 from handfast.tls.server import ServerContext, ServerSettings
 from handfast.tls.transcript import Offer
@@ -139,7 +140,7 @@ def explain_(
     ask = _Ask(**{**options, "listen": listen or "", "place": place or ""})  # type: ignore[arg-type]  # click's names
     if listen is not None:
         found = _of_client(ask, as_json)
-    elif (address := _address(ask.place)) is not None:
+    elif (address := server_address(ask.place)) is not None:
         found = _of_server(ask, *address)
     else:
         return _finish(_of_file(ask, keylog), replace(output, keylog=None))
@@ -200,19 +201,9 @@ def _reason(code: str, as_json: bool) -> int:
 # A server, called.
 
 
-def _address(place: str) -> tuple[str, int] | None:
-    """HOST:PORT, also as a URL; None for the path of a file. Raises InvalidInput (INPUT_ADDRESS)."""
-    if place.startswith("https://"):
-        host = place.removeprefix("https://").partition("/")[0]
-        return parse_address(host if re.search(r":[0-9]*$", host) else f"{host}:443")
-    if os.path.exists(place) or not re.fullmatch(r"[^/]*:[0-9]+", place):
-        return None
-    return parse_address(place)
-
-
 def _of_server(ask: _Ask, host: str, port: int) -> Explanation:
     own = _own(ask)
-    name = ask.sni if ask.sni is not None else "" if _is_address(host) else host
+    name = ask.sni if ask.sni is not None else server_name_of(host) or ""
     offer = Offer(name, own.credential, ask.protocols, ask.tls12)
     request = _REQUEST.format(host=name or join_address(host, port)).encode() if "http/1.1" in ask.protocols else b""
     recording = call(host, port, offer, ask.limits, request)
@@ -278,10 +269,6 @@ def _files_of(name: str, state: Path | None) -> tuple[Path, Path]:
     raise InvalidInput(Reason.INPUT_MISSING, path=str(here))
 
 
-def _is_address(host: str) -> bool:
-    return ":" in host or host.replace(".", "").isdigit()
-
-
 # A client, waited for.
 
 
@@ -313,8 +300,10 @@ def _served(ask: _Ask, host: str) -> tuple[Credential, Terms]:
         raise click.UsageError("with --listen, --cert, --key and --client-ca go together")
     from handfast.cli.opening import opened  # with the ledger's library, which only this needs
 
-    names = tuple(dict.fromkeys(parse_name(text) for text in ("127.0.0.1", "::1", host) if _is_address(text)))
-    hosts = tuple(dict.fromkeys(parse_dns(text) for text in ("localhost", host) if not _is_address(text)))
+    names = tuple(
+        dict.fromkeys(parse_name(text) for text in ("127.0.0.1", "::1", host) if server_name_of(text) is None)
+    )
+    hosts = tuple(dict.fromkeys(parse_dns(text) for text in ("localhost", host) if server_name_of(text) is not None))
     with opened(ask.state) as authority:
         key = generate_key(KeyType.P256)
         order = Order(PROFILES["server"], hosts + names, key.public_key(), _ISSUED_FOR)

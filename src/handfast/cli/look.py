@@ -22,10 +22,11 @@ from handfast.pki.inspect import describe, render
 from handfast.pki.names import parse_name
 from handfast.pki.revocation import check_crls, parse_crls
 from handfast.pki.verification import Purpose, Terms, verify
-from handfast.tls.client import ClientHandshake, ServerFacts
+from handfast.tls.client import ClientHandshake, ServerFacts, server_name_of
 from handfast.tls.credential import load_bundle
+from handfast.tls.engine import engine_version
 from handfast.tls.judge import judge_offline
-from handfast.tls.server import TlsBroken, engine_version
+from handfast.tls.server import TlsBroken
 
 _CONNECT_LIMIT = 10.0  # seconds for a server that is looked at
 _CRL_LIMIT = 64 << 20  # bytes: a list of a million revocations
@@ -42,9 +43,9 @@ def inspect_(place: str, password_file: Path | None, as_json: bool) -> None:
     """Show what is in FILE (certificate, key, request, revocation list or PKCS#12; PEM or DER), or what the
     server at HOST:PORT shows of itself and asks of its clients.
     """
-    server_address = _server_address(place)
-    if server_address is not None:
-        facts = look_at_server(*server_address)
+    address = server_address(place)
+    if address is not None:
+        facts = look_at_server(*address)
         found = describe(encode_chain(facts.chain), place)
         server: dict[str, object] = {
             "type": "server",
@@ -145,8 +146,7 @@ def look_at_server(host: str, port: int) -> ServerFacts:
     deadline = time.monotonic() + _CONNECT_LIMIT
     try:
         with socket.create_connection((host, port), timeout=_CONNECT_LIMIT) as connection:
-            is_name = not host.replace(".", "").isdigit() and ":" not in host
-            handshake = ClientHandshake(host if is_name else None)
+            handshake = ClientHandshake(server_name_of(host))
             records = b""
             while handshake.feed(records) is None:
                 connection.settimeout(max(deadline - time.monotonic(), 0.01))
@@ -163,8 +163,11 @@ def look_at_server(host: str, port: int) -> ServerFacts:
         raise Unreachable(Reason.UNREACHABLE, target=target, detail=(error.strerror or str(error)).lower()) from None
 
 
-def _server_address(place: str) -> tuple[str, int] | None:
-    """HOST:PORT, also with https:// before it; None for the path of a file. Raises InvalidInput (INPUT_ADDRESS)."""
+def server_address(place: str) -> tuple[str, int] | None:
+    """Parse HOST:PORT, also as a URL, whose port may be left out; None for the path of a file.
+
+    Raises InvalidInput (INPUT_ADDRESS).
+    """
     if place.startswith("https://"):
         host = place.removeprefix("https://").partition("/")[0]
         return parse_address(host if re.search(r":[0-9]*$", host) else f"{host}:443")

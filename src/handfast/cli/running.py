@@ -31,13 +31,14 @@ from handfast.guard.assembly import Assembly
 from handfast.guard.connection import Listener
 from handfast.guard.events import EventLog, told
 from handfast.guard.health import HealthChecks
+from handfast.guard.listening import bind, bind_shared
 from handfast.guard.metrics import Metrics, State
 from handfast.guard.places import Place, parse_place
 from handfast.guard.routes import Snapshot
 from handfast.guard.sandbox import confine, drop_privileges, forbid_core_dumps, runtime_paths
 from handfast.guard.schema import Config, Mode
-from handfast.guard.service import Guard, bind, raise_descriptor_limit
-from handfast.guard.workers import Plan, Worker, auto_workers, bind_shared, deal, supervise
+from handfast.guard.service import Guard, raise_descriptor_limit
+from handfast.guard.workers import Plan, Worker, auto_workers, deal, supervise
 
 _ADMIN = "admin"  # what the admin socket is called among those handed over
 _PULSE = 0.5  # seconds between two reports of a worker
@@ -448,10 +449,7 @@ def _take(place: Place, given: dict[str, list[socket.socket]], count: int) -> li
         return given.pop(place.systemd)
     if count == 1 or place.path:
         return [bind(place)]
-    first = bind(place)  # finds the address, and says what is wrong with it
-    family, address = first.family, first.getsockname()
-    first.close()
-    return bind_shared(family, address, count)
+    return bind_shared(place, count)
 
 
 @contextmanager

@@ -24,7 +24,6 @@ from handfast.guard.schema import (
     AdminConfig,
     AssertionConfig,
     Config,
-    HeaderStyle,
     ListenerConfig,
     LogStyle,
     Mode,
@@ -36,6 +35,7 @@ from handfast.guard.settings import parse_duration
 from handfast.guard.workers import auto_workers
 from handfast.policy import parse_policy
 from handfast.tls.server import ClientAuth
+from handfast.wire.forwarding import HeaderStyle
 
 LISTEN = "127.0.0.1:8443"
 

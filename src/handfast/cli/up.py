@@ -17,8 +17,9 @@ from handfast.cli.serve import allow_option, listen_option, no_ca_names_option, 
 from handfast.cli.upkeep import LISTENER, ClientFiles, Upkeep
 from handfast.errors import HandfastError
 from handfast.guard.connection import Limits, Listener
+from handfast.guard.listening import bind
 from handfast.guard.places import parse_place, parse_target
-from handfast.guard.service import bind
+from handfast.guard.routes import HTTP_ALPN
 from handfast.guard.upstream import Backend, Upstreams
 from handfast.pki.names import Name, parse_dns, parse_name
 from handfast.policy import parse_policy
@@ -75,7 +76,7 @@ def up_(
             ServerSettings(
                 answer_refusals=target.http,
                 offer_authorities=not no_ca_names,
-                alpn=(b"h2", b"http/1.1") if target.http else (),
+                alpn=HTTP_ALPN if target.http else (),
             ),
             _server_names(names, place.host),
             tuple(ClientFiles(name, folder / "clients" / file_base(name)) for name in client_names),

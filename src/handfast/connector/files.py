@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from handfast.connector.call import Generation
 from handfast.connector.words import Own
 from handfast.errors import Failure, HandfastError, Reason, VerificationFailed
-from handfast.files import read_file
+from handfast.guard.watch import Watch as FileWatch
 from handfast.pki.certificates import certificate_names, label
 from handfast.pki.names import Name, parse_name
 from handfast.pki.verification import Purpose, Terms, TrustBundle
 from handfast.tls.client import ClientContext, ClientSettings
-from handfast.tls.credential import Credential, check_time, load_bundle, load_credential
-
-_Stamp = tuple[tuple[int, int, int] | None, ...]
+from handfast.tls.credential import check_time, check_usable, load_bundle, load_credential
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +49,7 @@ class Material:
         if now > leaf.not_valid_after_utc:
             ended = {"subject": label(leaf), "not_after": leaf.not_valid_after_utc}
             raise HandfastError(Reason.CONNECT_EXPIRED, **ended, next=f"run: {self.renew}")
-        check_client(credential, now)
+        check_usable(credential, Purpose.CLIENT, now)
         if self.name is not None:
             self._check_name(leaf, self.name)
         trusted = TrustBundle(bundle.anchors, self._trust_domain(leaf))
@@ -74,94 +69,50 @@ class Material:
         return next((name.trust_domain for name in certificate_names(leaf) if name.trust_domain), None)
 
 
-def check_client(credential: Credential, now: datetime) -> None:
-    """Refuse a credential that no server would accept from a client: out of its time, or for another use.
-
-    Raises VerificationFailed (VERIFY_EXPIRED, VERIFY_NOT_YET_VALID, VERIFY_PURPOSE). One that does not say its use
-    passes: many servers take it.
-    """
-    leaf = credential.chain[0]
-    check_time((leaf,), now)
-    try:
-        usages = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    except x509.ExtensionNotFound:
-        return
-    if not {ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE} & set(usages):
-        words = "server" if ExtendedKeyUsageOID.SERVER_AUTH in usages else "another"
-        facts = {"subject": label(leaf), "purpose": "client", "usages": words}
-        raise VerificationFailed((Failure(Reason.VERIFY_PURPOSE, facts),))
-
-
 @dataclass(slots=True)
 class Watch:
-    """Looks whether the files have changed; a change that is bad, or half done, keeps what is in force.
+    """Looks whether the files have changed; a change that is bad keeps what is in force.
 
-    What fails is looked at again each time, for time alone may mend it, and is reported once it has failed twice:
-    certificate and key are two files, and are never replaced in the same instant.
+    What fails is looked at again each time, for time alone may mend it, and is reported once.
     """
 
     material: Material
     failures: int = 0
-    _stamp: _Stamp = ()
-    _digest: bytes = b""
-    _failing: tuple[bytes, str] = (b"", "")
-    _told: tuple[bytes, str] = (b"", "")
-    _again: bool = field(default=False)
+    _files: FileWatch = field(default_factory=lambda: FileWatch(()))
+    _holds: tuple[object, ...] = ()
+    _failing: bool = False
+    _told: str = ""
 
     def first(self, now: datetime) -> Generation:
         """What the files hold at the start. Raises HandfastError."""
-        self._stamp = self._stamps()
+        self._files.follow(self.material.paths)  # before they are read: a change meanwhile is seen later
         generation = self.material.load(now)
-        self._digest = self._digest_now()
+        self._holds = _held(generation)
         return generation
 
     def look(self, now: datetime) -> Generation | HandfastError | None:
         """A new generation, a failure not told before, or None. Cheap while nothing changes."""
-        stamp = self._stamps()
-        if stamp == self._stamp and not self._again:
+        if not self._files.changed() and not self._failing:
             return None
-        self._stamp = stamp
-        digest = b""
         try:
-            digest = self._digest_now()
-            if digest == self._digest:
-                self._again = False
-                return None
             generation = self.material.load(now)
         except HandfastError as error:
-            return self._failed(digest, error)
-        if self._digest_now() != digest:  # replaced while they were read
-            self._again = True
+            return self._failed(error)
+        self._failing, self._told = False, ""
+        if _held(generation) == self._holds:  # the files were touched, or are again what they were
             return None
-        self._digest, self._again = digest, False
-        self._failing = self._told = (b"", "")
+        self._holds = _held(generation)
         return generation
 
-    def _failed(self, digest: bytes, error: HandfastError) -> HandfastError | None:
-        self._again = True
-        failing = (digest, str(error))
-        if failing != self._failing:
-            self._failing = failing
+    def _failed(self, error: HandfastError) -> HandfastError | None:
+        self._failing = True
+        if str(error) == self._told:
             return None
-        if failing == self._told:
-            return None
-        self._told = failing
+        self._told = str(error)
         self.failures += 1
         return error
 
-    def _stamps(self) -> _Stamp:
-        return tuple(map(_stamp_of, self.material.paths))
 
-    def _digest_now(self) -> bytes:
-        whole = hashlib.sha256()
-        for path in self.material.paths:
-            whole.update(hashlib.sha256(read_file(path, "file")).digest())
-        return whole.digest()
-
-
-def _stamp_of(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+def _held(generation: Generation) -> tuple[object, ...]:
+    """What tells one generation from another: a certificate has but one key."""
+    return generation.own.chain, generation.context.terms.bundle

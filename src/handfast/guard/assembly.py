@@ -24,7 +24,7 @@ from handfast.guard.connection import Limits, Listener
 from handfast.guard.limits import Gate, Rate, Rates
 from handfast.guard.ocsp import OcspChecker
 from handfast.guard.places import Target, parse_target
-from handfast.guard.routes import Identify, Route, Site, Sites, Snapshot
+from handfast.guard.routes import H2, HTTP1, HTTP_ALPN, Identify, Route, Site, Sites, Snapshot
 from handfast.guard.schema import (
     Balance,
     Config,
@@ -46,13 +46,12 @@ from handfast.pki.revocation import NO_REVOCATIONS, CrlSet, Revocations, check_c
 from handfast.pki.verification import Purpose, Terms, TrustBundle, VerifiedPeer
 from handfast.policy import ALLOW_ANY, Policy, parse_path, parse_policy
 from handfast.tls.client import ClientContext, ClientSettings, server_name_of
-from handfast.tls.credential import check_server, check_time, load_bundle, load_credential
-from handfast.tls.server import MAX_KNOWN, ClientAuth, ServerContext, ServerSettings
+from handfast.tls.credential import check_time, check_usable, load_bundle, load_credential
+from handfast.tls.server import ClientAuth, ServerContext, ServerSettings
 from handfast.wire.forwarding import HeaderStyle, facts_of, identity_headers
 from handfast.wire.http1 import Header
 
 MAX_CRL = 64 << 20  # bytes; a list of a million entries has about 36 MiB
-_H2, _HTTP1 = b"h2", b"http/1.1"
 _RETRY = timedelta(seconds=30)  # after which a reload that failed is tried again, though nothing changed
 # Backends by what `to` says and the seconds to connect, with the configuration that they were made of.
 _Groups = dict[tuple[str, float], tuple[UpstreamConfig, Upstreams]]
@@ -232,7 +231,7 @@ class Assembly:
         if site.key_passphrase_file is not None:
             opens = self.passphrase(site.key_passphrase_file)
         credential = load_credential(site.cert, site.key, opens)
-        check_server(credential, now)
+        check_usable(credential, Purpose.SERVER, now)
         bundle = making.trust(site)
         if bundle.anchors:
             check_time(bundle.anchors, now)
@@ -253,7 +252,7 @@ class Assembly:
         )
         alpn = tuple(name.encode() for name in listener.alpn)
         if http:
-            alpn = (_H2, _HTTP1) if listener.http2 else (_HTTP1,)
+            alpn = HTTP_ALPN if listener.http2 else (HTTP1,)
         settings = ServerSettings(
             answer_refusals=http,
             offer_authorities=site.offer_authorities,
@@ -311,27 +310,18 @@ class Assembly:
         return self._checkers[asking]
 
     def _identify(self, site: SiteConfig, leaf: x509.Certificate) -> tuple[Identify, float]:
-        styles = tuple(HeaderStyle(style.value) for style in site.headers if style.value != "assertion")
-        asserted = any(style.value == "assertion" for style in site.headers)
-        minter = self.minter if asserted else None
-        if asserted and minter is None:
-            raise InvalidInput(Reason.GUARD_SITES, detail="headers has assertion, but there is no [assertion]")
+        minter = None
+        if HeaderStyle.ASSERTION in site.headers:
+            minter = self.minter
+            if minter is None:
+                raise InvalidInput(Reason.GUARD_SITES, detail="headers has assertion, but there is no [assertion]")
         by = next((name.value for name in certificate_names(leaf) if name.is_uri), "")
-
-        made: dict[int, tuple[VerifiedPeer, tuple[Header, ...]]] = {}  # by the peer's identity in memory
 
         def identify(peer: VerifiedPeer | None, now: datetime) -> tuple[Header, ...]:
             if peer is None:
-                return identity_headers(styles, None)
-            known = made.get(id(peer))
-            if known is None or known[0] is not peer:
-                if len(made) >= MAX_KNOWN:
-                    made.clear()
-                known = made[id(peer)] = peer, identity_headers(styles, facts_of(peer, by))
-            headers = known[1]
-            if minter is not None:
-                headers += (minter.header(peer, now),)
-            return headers
+                return identity_headers(site.headers, None)
+            headers = identity_headers(site.headers, facts_of(peer, by))
+            return headers if minter is None else (*headers, minter.header(peer, now))
 
         return identify, 0.0 if minter is None else minter.renew_after
 
@@ -447,7 +437,7 @@ def _caller(asked: UpstreamConfig, bundle: TrustBundle, revocations: Revocations
             host = asked.server_name or target.host
             name: Name | None = parse_name(host) if expect is None else None
             terms = Terms(bundle, Purpose.SERVER, name=name, revocations=revocations)
-            alpn = (_H2,) if target.speech.value == "h2" else ()
+            alpn = (H2,) if target.speech.value == "h2" else ()
             settings = ClientSettings(server_name_of(host) if host else None, expect, alpn=alpn)
             context = contexts[target] = ClientContext(credential, terms, settings)
         return context.connect(lambda: datetime.now(UTC))

@@ -14,10 +14,8 @@ from handfast.files import generate_key, load_key
 from handfast.guard.schema import AssertionConfig
 from handfast.pki.keys import KeyType, same_key
 from handfast.pki.verification import VerifiedPeer
-from handfast.wire.assertion import Assertion, assertion_key, jwks, sign_assertion
+from handfast.wire.assertion import ASSERTION_HEADER, Assertion, assertion_key, jwks, sign_assertion
 from handfast.wire.http1 import Header
-
-HEADER = b"Handfast-Assertion"
 
 
 class Minter:
@@ -43,7 +41,7 @@ class Minter:
             expires=now + self._lifetime,
             thumbprint=peer.leaf.fingerprint(hashes.SHA256()),
         )
-        return HEADER, sign_assertion(self._key, claims)
+        return ASSERTION_HEADER, sign_assertion(self._key, claims)
 
     def has_key_of(self, config: AssertionConfig) -> bool:
         """Whether it signs with the key that the configuration names. Raises InvalidInput."""

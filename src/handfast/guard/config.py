@@ -24,7 +24,6 @@ from handfast.guard.schema import (
     AssertionConfig,
     Balance,
     Config,
-    HeaderStyle,
     HealthConfig,
     LimitsConfig,
     ListenerConfig,
@@ -42,6 +41,7 @@ from handfast.guard.schema import (
 from handfast.guard.settings import MAX_PROBLEMS, Key, Kind, Notes, Spot, Table, read_table, render_duration
 from handfast.policy import Rule, parse_rule
 from handfast.tls.server import ClientAuth
+from handfast.wire.forwarding import HeaderStyle
 
 _TOML_PLACE = re.compile(r"(.*) \(at (line \d+, column \d+|end of document)\)", re.S)
 # tomllib's memory grows with the square of a dotted key's parts. No string that means anything has so many either.

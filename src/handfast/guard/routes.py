@@ -19,24 +19,22 @@ from handfast.guard.upstream import Upstreams
 from handfast.pki.verification import VerifiedPeer, still_trusted
 from handfast.policy import Effect, Policy, Rule, rules_about
 from handfast.tls.server import MAX_KNOWN, ClientAuth, ServerContext
+from handfast.wire.forwarding import DEFAULT_STYLES, facts_of, identity_headers
 from handfast.wire.http1 import Header
-from handfast.wire.identity import client_cert, client_identity
 from handfast.wire.targets import normal_host
 
 if TYPE_CHECKING:
     from handfast.guard.door import Caller
 
+H2, HTTP1 = b"h2", b"http/1.1"  # in ALPN: RFC 9113 3.1, RFC 7301 6
+HTTP_ALPN = (H2, HTTP1)  # what is spoken to clients over HTTP, best first
+
 Identify = Callable[[VerifiedPeer | None, datetime], tuple[Header, ...]]
 
 
 def usual_headers(peer: VerifiedPeer | None, _now: datetime) -> tuple[Header, ...]:
-    """Return what tells the app who called: Client-Cert (RFC 9440) and Client-Identity. Nothing for nobody."""
-    if peer is None:
-        return ()
-    return (
-        (b"Client-Cert", client_cert(peer.leaf_der)),
-        (b"Client-Identity", client_identity(peer.identity.name)),
-    )
+    """Return what tells the app who called, where nothing else was chosen."""
+    return identity_headers(DEFAULT_STYLES, None if peer is None else facts_of(peer))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from handfast.guard.places import Target, parse_place, parse_target
 from handfast.pki.names import parse_pattern
 from handfast.policy import parse_rule
 from handfast.tls.server import ClientAuth
+from handfast.wire.forwarding import DEFAULT_STYLES, HeaderStyle
 
 _STAND_IN = "trust-domain.invalid"  # for checking rules whose trust domain is the authority's, known once it is read
 
@@ -45,18 +46,6 @@ class TlsVersion(StrEnum):
 
     TLS12 = "1.2"
     TLS13 = "1.3"
-
-
-class HeaderStyle(StrEnum):
-    """One way to tell the app who the client is."""
-
-    CLIENT_CERT = "client-cert"  # RFC 9440
-    CLIENT_CERT_CHAIN = "client-cert-chain"  # RFC 9440
-    CLIENT_IDENTITY = "client-identity"  # ours
-    XFCC = "xfcc"  # Envoy's X-Forwarded-Client-Cert
-    XFCC_CERT = "xfcc-cert"  # the same, with the certificates in it
-    X_SSL_CLIENT = "x-ssl-client"  # as recipes for nginx have it
-    ASSERTION = "assertion"  # a signed, short-lived token
 
 
 class Balance(StrEnum):
@@ -136,7 +125,7 @@ class SiteConfig:
     to: str | None = None  # the name of an upstream, or a target
     allow: tuple[str, ...] = ()  # with allow_file None: every verified client
     allow_file: Path | None = None
-    headers: tuple[HeaderStyle, ...] = (HeaderStyle.CLIENT_CERT, HeaderStyle.CLIENT_IDENTITY)
+    headers: tuple[HeaderStyle, ...] = DEFAULT_STYLES
     routes: tuple[RouteConfig, ...] = ()
 
 

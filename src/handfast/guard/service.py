@@ -7,8 +7,6 @@ whether its time is up and whether its peer is still trusted.
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,16 +14,16 @@ from datetime import UTC, datetime
 from functools import partial
 from time import monotonic, time
 
-from handfast.errors import Failure, HandfastError, Reason, Unreachable
+from handfast.errors import Failure, HandfastError, Reason
 from handfast.guard.connection import Connection, Listener
 from handfast.guard.events import EventLog, told
+from handfast.guard.listening import BACKLOG, cannot_listen
 from handfast.guard.metrics import Metrics
-from handfast.guard.places import Place, join_address
+from handfast.guard.places import join_address
 from handfast.guard.routes import Snapshot
 
 TICK = 0.5  # seconds; a trust that ended is acted on within two of them
 FLUSH = 0.1  # seconds that an event may wait for its line in the log
-BACKLOG = 4096
 _SPARE = (16, 128)  # descriptors, least and most, kept for apps, files and the log when clients take the rest
 
 
@@ -68,7 +66,7 @@ class Guard:
         try:
             await self._accept(make, plug)
         except OSError as error:
-            raise _cannot_listen(address, error) from None
+            raise cannot_listen(address, error) from None
         self._plugs.append((make, plug))
         if self._ticker is None:
             self._ticker = loop.call_later(TICK, self._tick)
@@ -205,61 +203,3 @@ def raise_descriptor_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def bind(place: Place) -> socket.socket:
-    """Take a place for a guard to listen on; who connects waits for it. Raises Unreachable (GUARD_LISTEN).
-
-    A UNIX socket is made with mode 0600; one that is there already and that nobody listens on is replaced.
-    """
-    try:
-        if place.path:
-            return _bind_unix(place.path)
-        family, kind, protocol, _, address = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)[0]
-        plug = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError) as error:
-        raise _cannot_listen(str(place), error) from None
-    try:
-        if os.name == "posix":
-            plug.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        plug.setblocking(False)
-        plug.bind(address)
-        plug.listen(BACKLOG)  # at once: two that are bound with SO_REUSEADDR would not mind each other until then
-    except OSError as error:
-        plug.close()
-        raise _cannot_listen(str(place), error) from None
-    return plug
-
-
-def _bind_unix(path: str) -> socket.socket:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
-        other.settimeout(1)
-        try:
-            other.connect(path)
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except ConnectionRefusedError:  # left behind by a process that is gone
-            os.unlink(path)
-        else:
-            raise OSError(errno.EADDRINUSE, "")
-    plug = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        plug.setblocking(False)
-        plug.bind(path)
-        plug.listen(BACKLOG)
-    except OSError:
-        plug.close()
-        raise
-    finally:
-        os.umask(before)
-    return plug
-
-
-def _cannot_listen(address: str, error: OSError | UnicodeError) -> Unreachable:
-    detail = "it is not an address of this machine"
-    if isinstance(error, socket.gaierror):
-        detail = "the host is not known here"
-    elif isinstance(error, OSError) and error.errno:
-        detail = os.strerror(error.errno).lower()
-    return Unreachable(Reason.GUARD_LISTEN, address=address, detail=detail)

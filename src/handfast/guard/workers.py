@@ -30,16 +30,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NoReturn
 
-from handfast.errors import Exit, Failure, HandfastError, Reason, Unreachable
+from handfast.errors import Exit, Failure, HandfastError, Reason
 from handfast.guard.events import told
 from handfast.guard.handover import Attempt, Handed, say_failed, say_ready
-from handfast.guard.places import join_address
 from handfast.guard.sandbox import end_with_parent, thread_count
 from handfast.guard.systemd import notify, watchdog_interval
 
 FIRST_DELAY, LONGEST_DELAY = 0.1, 30.0  # seconds before a restart, doubled each time
 LONG_LIFE = 2.0  # seconds of serving after which a worker's deaths are forgotten: it can start
-BACKLOG = 4096
 
 _RELOAD = 10.0  # seconds for workers to take new settings before systemd is told that it is done
 _ADMIN_STOP = 2.0  # seconds for the admin process to end, once the workers have
@@ -116,28 +114,6 @@ def auto_workers() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def bind_shared(family: int, address: tuple[Any, ...], count: int) -> list[socket.socket]:
-    """Listen `count` times on one TCP address, with SO_REUSEPORT; port 0 lets the system choose one for all.
-
-    An address that another program serves is refused, although SO_REUSEPORT would let the two share it. Raises
-    Unreachable (GUARD_LISTEN), and ValueError for a UNIX address: share its one socket.
-    """
-    if family == socket.AF_UNIX:
-        raise ValueError("a UNIX socket cannot be bound twice")
-    plugs: list[socket.socket] = []
-    try:
-        if address[1] != 0:
-            _listen(family, address, shared=False).close()
-        for _ in range(count):
-            plugs.append(_listen(family, address if not plugs else plugs[0].getsockname(), shared=True))
-    except OSError as error:
-        for plug in plugs:
-            plug.close()
-        where = join_address(*address[:2])
-        raise Unreachable(Reason.GUARD_LISTEN, address=where, detail=os.strerror(error.errno or 0).lower()) from None
-    return plugs
 
 
 def deal(sockets: Sequence[socket.socket], count: int) -> list[list[socket.socket]]:
@@ -501,22 +477,6 @@ def _report_pair() -> tuple[socket.socket, socket.socket]:
     writer.setblocking(False)
     reader.setblocking(False)
     return writer, reader
-
-
-def _listen(family: int, address: tuple[Any, ...], *, shared: bool) -> socket.socket:
-    """Raises OSError."""
-    plug = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        plug.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if shared:
-            plug.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        plug.setblocking(False)
-        plug.bind(address)
-        plug.listen(BACKLOG)
-    except OSError:
-        plug.close()
-        raise
-    return plug
 
 
 def _tell(pipe: int, failure: Failure) -> None:

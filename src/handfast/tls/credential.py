@@ -15,7 +15,9 @@ from handfast.errors import Failure, InvalidInput, Reason, VerificationFailed
 from handfast.files import load_key, read_file
 from handfast.pki.certificates import is_authority, label, parse_certificates
 from handfast.pki.keys import PrivateKey, same_key
-from handfast.pki.verification import TrustBundle
+from handfast.pki.verification import Purpose, TrustBundle
+
+_USES = {Purpose.CLIENT: ExtendedKeyUsageOID.CLIENT_AUTH, Purpose.SERVER: ExtendedKeyUsageOID.SERVER_AUTH}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +62,21 @@ def load_bundle(path: Path) -> TrustBundle:
     return TrustBundle(anchors)
 
 
-def check_server(credential: Credential, now: datetime) -> None:
-    """Refuse a credential that no client would accept from a server: out of its time, or for another use.
+def check_usable(credential: Credential, purpose: Purpose, now: datetime) -> None:
+    """Refuse a credential of ours that the other side would not accept: out of its time, or for another use.
 
-    Raises VerificationFailed (VERIFY_EXPIRED, VERIFY_NOT_YET_VALID, VERIFY_PURPOSE). One that does not say its
-    use passes, as with clients it often does.
+    Raises VerificationFailed (VERIFY_EXPIRED, VERIFY_NOT_YET_VALID, VERIFY_PURPOSE). One that does not say its use
+    passes: it is for the other side to judge, and many take it.
     """
     leaf = credential.chain[0]
     check_time((leaf,), now)
     try:
-        usages = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        usages = set(leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
     except x509.ExtensionNotFound:
         return
-    if not {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE} & set(usages):
-        facts = {"subject": label(leaf), "purpose": "server", "usages": "another"}
+    if not {_USES[purpose], ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE} & usages:
+        words = next((str(other) for other, use in _USES.items() if use in usages), "another")
+        facts = {"subject": label(leaf), "purpose": str(purpose), "usages": words}
         raise VerificationFailed((Failure(Reason.VERIFY_PURPOSE, facts),))
 
 

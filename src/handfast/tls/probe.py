@@ -16,6 +16,7 @@ from OpenSSL import SSL
 
 from handfast.errors import Reason
 from handfast.tls.client import ServerFacts
+from handfast.tls.engine import lib, step, take
 from handfast.tls.reasons import handshake_failure
 
 ProbeKey = (
@@ -79,26 +80,14 @@ class Probe:
 
     def feed(self, records: bytes) -> None:
         """Go on with the handshake (b'' to begin). Raises ProbeRefused."""
-        if records:
+        if not self.done:
+            self.done = self._step(records)
+        elif records:
             self._connection.bio_write(records)
-        if self.done:
-            return
-        try:
-            self._connection.do_handshake()
-            self.done = True
-        except SSL.WantReadError:
-            return
-        except SSL.Error as error:
-            raise _refused(error) from None
 
     def take(self) -> bytes:
         """Return the records that wait to be sent."""
-        pieces = []
-        try:
-            while True:
-                pieces.append(self._connection.bio_read(1 << 16))
-        except SSL.WantReadError:
-            return b"".join(pieces)
+        return take(self._connection)
 
     def write(self, plain: bytes) -> None:
         """Encrypt; `take` has the records. Raises ProbeRefused."""
@@ -124,23 +113,20 @@ class Probe:
     def renegotiate(self) -> None:
         """Begin a new handshake on the same connection (TLS 1.2). `again` goes on with it. Raises ProbeRefused."""
         self._connection.renegotiate()
-        self._renew()
+        self._step(b"")
 
     def again(self, records: bytes) -> None:
         """Go on with a renegotiation; `renegotiated` says whether it is done. Raises ProbeRefused."""
-        self._connection.bio_write(records)
-        self._renew()
+        self._step(records)
 
     @property
     def renegotiated(self) -> bool:
         """Whether a new handshake was asked for and is finished."""
         return self._connection.total_renegotiations() > 0 and not self._connection.renegotiate_pending()
 
-    def _renew(self) -> None:
+    def _step(self, records: bytes) -> bool:
         try:
-            self._connection.do_handshake()
-        except SSL.WantReadError:
-            return
+            return step(self._connection, records)
         except SSL.Error as error:
             raise _refused(error) from None
 
@@ -159,7 +145,7 @@ class Probe:
     @property
     def resumed(self) -> bool:
         """Whether the server resumed the session that was offered."""
-        return bool(SSL._lib.SSL_session_reused(self._connection._ssl))  # type: ignore[attr-defined]  # no public name
+        return bool(lib.SSL_session_reused(self._connection._ssl))
 
     @property
     def facts(self) -> ServerFacts:

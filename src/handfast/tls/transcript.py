@@ -1,8 +1,8 @@
 """Handshakes that are watched: the engine's decrypted messages, and its key log, as values.
 
 OpenSSL tells a callback of every message it sends or takes, in the clear (SSL_CTX_set_msg_callback). pyOpenSSL
-offers no such call, so its raw binding is used here; tests/tls/test_transcript.py holds that. Secrets stay in
-`keylog`, which nothing prints.
+offers no such call, so its raw binding is used; tests/tls/test_transcript.py holds that. Secrets stay in `keylog`,
+which nothing prints.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ from typing import Any
 
 from OpenSSL import SSL
 
-from handfast.errors import InvalidInput, Reason
+from handfast.tls.client import ClientHandshake
 from handfast.tls.credential import Credential
-from handfast.tls.reasons import handshake_failure
-from handfast.tls.server import Accepted, Channel, Refused, ServerContext, TlsBroken, write_whole
+from handfast.tls.engine import ffi, lib
+from handfast.tls.server import Accepted, Channel, Refused, ServerContext
 from handfast.wire.records import MAX_HANDSHAKE, ContentType, Event, Side
 
 MAX_EVENTS = 2000  # of one connection that are kept
 
-# See the note in server.py on these names, which are private to pyOpenSSL.
-_lib, _ffi = SSL._lib, SSL._ffi  # type: ignore[attr-defined]  # see above
 _HEADER, _INNER_TYPE = 256, 257  # SSL3_RT_HEADER, SSL3_RT_INNER_CONTENT_TYPE
 _ON_MESSAGE = "void (*)(int, int, int, const void *, size_t, SSL *, void *)"
 _ON_KEYLOG = "void (*)(const SSL *, const char *)"
@@ -50,27 +48,27 @@ class Recorder:
         self._header = dict.fromkeys(Side, b"")  # of the record that is under way
         self._ciphered: set[Side] = set()  # who has changed to the new keys, before TLS 1.3
         # They live as long as the context may call them.
-        self._on_message_callback = _ffi.callback(_ON_MESSAGE, self._on_message)
-        self._on_secret_callback = _ffi.callback(_ON_KEYLOG, self._on_secret)
+        self._on_message_callback = ffi.callback(_ON_MESSAGE, self._on_message)
+        self._on_secret_callback = ffi.callback(_ON_KEYLOG, self._on_secret)
 
     def watch(self, context: SSL.Context) -> None:
         """Note what the next connection of `context` says. Each context serves one watched connection."""
         # Not through pyOpenSSL's `set_keylog_callback`, which takes no context that was proved before.
-        _lib.SSL_CTX_set_msg_callback(context._context, self._on_message_callback)
-        _lib.SSL_CTX_set_keylog_callback(context._context, self._on_secret_callback)
+        lib.SSL_CTX_set_msg_callback(context._context, self._on_message_callback)
+        lib.SSL_CTX_set_keylog_callback(context._context, self._on_secret_callback)
 
     def _on_secret(self, _ssl: Any, line: Any) -> None:
         if len(self.keylog) < _MOST_SECRETS:
-            self.keylog.append(bytes(_ffi.string(line, 1000)))
+            self.keylog.append(bytes(ffi.string(line, 1000)))
 
     def _on_message(self, sent: int, version: int, kind: int, data: Any, size: int, _ssl: Any, _argument: Any) -> None:
         """OpenSSL sent or took something. What this raised would be printed, so it raises nothing."""
         sender = self._side if sent else self._side.other
         if kind == _HEADER:
-            self._header[sender] = bytes(_ffi.buffer(data, min(size, 5)))
+            self._header[sender] = bytes(ffi.buffer(data, min(size, 5)))
             self._on_header(sender)
         elif kind == _INNER_TYPE:
-            if _ffi.buffer(data, 1)[0] == b"\x17":
+            if ffi.buffer(data, 1)[0] == b"\x17":
                 self._note_data(sender)
         elif kind in _MESSAGES:
             self._note(sender, version, kind, size, data)
@@ -93,7 +91,7 @@ class Recorder:
             self._version = version
         if self._size + size <= MAX_HANDSHAKE:
             self._size += size
-            self._add(Event(self._clock(), sender, kind, bytes(_ffi.buffer(data, size)), encrypted, size))
+            self._add(Event(self._clock(), sender, kind, bytes(ffi.buffer(data, size)), encrypted, size))
         else:
             self.full = True
 
@@ -127,53 +125,22 @@ class WatchedClient:
 
     def __init__(self, offer: Offer, clock: Clock) -> None:
         self.recorder = Recorder(Side.CLIENT, clock)
-        context = SSL.Context(SSL.TLS_CLIENT_METHOD)
-        context.set_min_proto_version(SSL.TLS1_2_VERSION)
-        if offer.only_tls12:
-            context.set_max_proto_version(SSL.TLS1_2_VERSION)
-        context.set_verify(SSL.VERIFY_NONE)
-        write_whole(context)
-        if offer.credential is not None:
-            offer.credential.configure(context)
-        if offer.alpn:
-            context.set_alpn_protos([protocol.encode("latin-1") for protocol in offer.alpn])
-        if offer.small:
-            _lib.SSL_CTX_set1_curves_list(context._context, b"X25519:P-256:P-384")
-        self.recorder.watch(context)
-        self._connection = SSL.Connection(context, None)
-        if offer.server_name:
-            try:
-                self._connection.set_tlsext_host_name(offer.server_name.encode("idna"))
-            except UnicodeError:
-                raise InvalidInput(Reason.INPUT_NAME, value=offer.server_name, detail="it is no host") from None
-        self._connection.set_connect_state()
+        self._handshake = ClientHandshake(
+            offer.server_name or None, offer.credential, lambda context: _adjust(context, offer, self.recorder)
+        )
 
     def feed(self, records: bytes) -> Channel | None:
         """Go on with what the network brought (b'' to begin); None while more is needed. Raises TlsBroken."""
-        if records:
-            self._connection.bio_write(records)
-        try:
-            self._connection.do_handshake()
-        except SSL.WantReadError:
-            return None
-        except SSL.Error as error:
-            raise TlsBroken(handshake_failure(error)) from None
-        return Channel(self._connection)
+        return self._handshake.feed(records)
 
     def take(self) -> bytes:
         """Return the records that wait to be sent."""
-        pieces = []
-        try:
-            while piece := self._connection.bio_read(1 << 16):
-                pieces.append(piece)
-        except SSL.WantReadError:
-            pass
-        return b"".join(pieces)
+        return self._handshake.take()
 
     @property
     def protocol(self) -> str:
         """The application protocol that was settled; '' if none was."""
-        return self._connection.get_alpn_proto_negotiated().decode("latin-1")
+        return self._handshake.protocol.decode("latin-1")
 
 
 class WatchedServer:
@@ -194,3 +161,13 @@ class WatchedServer:
     def take(self) -> bytes:
         """Return the records that wait to be sent."""
         return self._handshake.take()
+
+
+def _adjust(context: SSL.Context, offer: Offer, recorder: Recorder) -> None:
+    if offer.only_tls12:
+        context.set_max_proto_version(SSL.TLS1_2_VERSION)
+    if offer.alpn:
+        context.set_alpn_protos([protocol.encode("latin-1") for protocol in offer.alpn])
+    if offer.small:
+        lib.SSL_CTX_set1_curves_list(context._context, b"X25519:P-256:P-384")
+    recorder.watch(context)

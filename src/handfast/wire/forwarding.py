@@ -1,8 +1,8 @@
 """The headers that tell an app who called, in the styles that apps know: RFC 9440, ours, Envoy's, nginx's.
 
-Owns what each style says of a verified peer. Values are printable ASCII whatever a certificate holds, and nothing
-in a name can be taken for another field. It never decides who a peer is. What clients send under these names is
-taken out of requests by `handfast.wire.identity`.
+Owns the list of styles, and what each says of a verified peer. Values are printable ASCII whatever a certificate
+holds, and nothing in a name can be taken for another field. It never decides who a peer is. What clients send under
+these names is taken out of requests by `handfast.wire.identity`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class HeaderStyle(StrEnum):
     XFCC = "xfcc"  # X-Forwarded-Client-Cert of By, Hash, Subject, URI, DNS
     XFCC_CERT = "xfcc-cert"  # the same, with Cert and Chain
     X_SSL_CLIENT = "x-ssl-client"  # X-SSL-Client-Verify and more, with the values of nginx's $ssl_client_*
+    ASSERTION = "assertion"  # Handfast-Assertion: wire.assertion signs it, with a key and a clock
 
 
 DEFAULT_STYLES = (HeaderStyle.CLIENT_CERT, HeaderStyle.CLIENT_IDENTITY)
@@ -65,8 +66,9 @@ def identity_headers(styles: Collection[HeaderStyle], peer: PeerFacts | None) ->
     """Return the headers of the styles, in the order of `HeaderStyle`; for nobody, `X-SSL-Client-Verify: NONE` at most.
 
     They are the same for a connection's whole life: make them once. They take 2 KB and more where certificates are in
-    them; many apps refuse more than 8 KB. Of XFCC and XFCC_CERT the second is taken. Raises InvalidInput
-    (VERIFY_MALFORMED) where the leaf's names do not parse, which no verified peer's do.
+    them; many apps refuse more than 8 KB. Of XFCC and XFCC_CERT the second is taken. ASSERTION, which grows stale, is
+    not among them. Raises InvalidInput (VERIFY_MALFORMED) where the leaf's names do not parse, which no verified
+    peer's do.
     """
     if peer is None:
         return ((b"X-SSL-Client-Verify", b"NONE"),) if HeaderStyle.X_SSL_CLIENT in styles else ()
