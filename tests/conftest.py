@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes is told by the machine, which runs other tests at once.
+settings.register_profile("handfast", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("handfast")
 
 
 @pytest.fixture(autouse=True)

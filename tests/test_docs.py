@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import random
 import re
 import shlex
 import shutil
@@ -34,12 +33,13 @@ from handfast.cli.main import handfast
 from handfast.errors import Reason
 from handfast.guard.config import KEYS
 from tests.support.apps import App
+from tests.support.programs import free_port
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 # Run with its browser by tests/interop/test_walkthrough.py.
 ELSEWHERE = {"replace-the-openssl-nginx-walkthrough"}
-PATIENCE = 20.0  # seconds for a server's words; each comes within one on an idle machine
+PATIENCE = 60.0  # seconds for a server's words; each comes within one on an idle machine
 
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.M | re.S)
 _SERVES = re.compile(r"(handfast (up|guard|connect)|python3 (app|echo)\.py)\b")
@@ -208,7 +208,7 @@ class Reader:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
         self.folder = Path(where.read_text().strip())
@@ -248,18 +248,6 @@ def generator() -> ModuleType:
     return module
 
 
-def free_port() -> int:
-    """A port below those that the system hands out, so that nobody gets it before the server does."""
-    while True:
-        port = random.randrange(20000, 32000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-
-
 @contextmanager
 def reading(page: Path, home: Path) -> Iterator[Reader]:
     """Somebody who reads a page; where it has no app of its own on port 8000, one is there."""
@@ -277,6 +265,7 @@ def reading(page: Path, home: Path) -> Iterator[Reader]:
                 server.stop(signal.SIGKILL)
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if runs(page) and page.stem not in ELSEWHERE], ids=lambda page: page.stem
 )

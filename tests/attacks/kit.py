@@ -12,8 +12,7 @@ import signal
 import socket
 import ssl
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,26 +30,19 @@ from handfast.pki.verification import Purpose, Terms, TrustBundle
 from handfast.policy import ALLOW_ANY, Policy
 from handfast.tls.credential import Credential
 from handfast.tls.server import ClientAuth, ServerContext, ServerSettings
-from tests.support.apps import HELLO, App, client_context, get
+from tests.support.apps import HELLO, App, accepted, client_context, get
 from tests.support.certs import Ca, Leaf
 from tests.support.guards import Running
 from tests.support.programs import HANDFAST, Child, environment
+from tests.support.waiting import PATIENCE as WAIT
+from tests.support.waiting import Stopwatch
 
-WAIT = 5.0
 UPGRADE = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: x", "Sec-WebSocket-Version: 13")
 
 
 def untouched(*apps: App) -> bool:
     """Whether no app was even dialled."""
     return all(app.connections == 0 and not app.received for app in apps)
-
-
-def until(true: Callable[[], Any], limit: float = 10) -> None:
-    """Wait until something holds; fail when it does not in time."""
-    deadline = time.monotonic() + limit
-    while not true():
-        assert time.monotonic() < deadline, f"it did not come about in {limit} s"
-        time.sleep(0.002)
 
 
 def revoked(*leaves: Leaf | Ca) -> Revocations:
@@ -182,13 +174,16 @@ def one(tls: ssl.SSLSocket, request: bytes) -> Heard:
 
 def ended_within(tls: ssl.SSLSocket, seconds: float) -> bool:
     """Whether the far side ends the connection in time without a word before."""
-    tls.settimeout(seconds)
-    try:
-        return tls.recv(1) == b""
-    except TimeoutError:
-        return False
-    except (ssl.SSLError, ConnectionError):
-        return True
+    tls.settimeout(WAIT)
+    with Stopwatch() as watch:
+        try:
+            if tls.recv(1) != b"":
+                return False
+        except TimeoutError:
+            return False
+        except (ssl.SSLError, ConnectionError):
+            pass
+    return watch.seconds < seconds
 
 
 class Stepwise:
@@ -298,11 +293,7 @@ def lax_twin(leaf: Leaf, folder: Path, *, session_ids: bool = False) -> Iterator
         context.options |= ssl.OP_NO_TICKET
 
     def serve() -> None:
-        while True:
-            try:
-                plain, _ = listener.accept()
-            except OSError:
-                return
+        while (plain := accepted(listener)) is not None:
             with contextlib.suppress(OSError), plain, context.wrap_socket(plain, server_side=True) as tls:
                 tls.recv(1 << 16)
                 tls.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")

@@ -24,6 +24,7 @@ from tests.attacks.kit import Attacker, Vhost, in_crumbs, one, port_of, serve_si
 from tests.support.apps import App, get
 from tests.support.certs import DAY, Ca, Leaf, _now
 from tests.support.guards import Running
+from tests.support.waiting import PATIENCE
 
 OFF, OPTIONAL, REQUIRED = ClientAuth.OFF, ClientAuth.OPTIONAL, ClientAuth.REQUIRED
 
@@ -128,7 +129,7 @@ def _whole(context: Any, guard: Running, send: Callable[[socket.socket, bytes], 
     """Shake hands for strict.test without a certificate, `send` bringing the hello over; ask; return the answer."""
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     tls = context.wrap_bio(incoming, outgoing, server_hostname="strict.test")
-    with socket.create_connection(port_of(guard.address), timeout=5) as plain:
+    with socket.create_connection(port_of(guard.address), timeout=PATIENCE) as plain:
         first, done, answer = True, False, b""
         while b"}\n" not in answer:
             try:
@@ -188,7 +189,7 @@ def test_b3_a_hello_of_a_post_quantum_client_goes_where_it_says(ca: Ca) -> None:
     """B3: a hello with an X25519MLKEM768 share, which fills more than one segment, meets the strict site."""
     with App() as lax, App() as strict, Running(ca, lax.address) as guard:
         _strict_and_lax(guard, lax, strict)
-        with socket.create_connection(port_of(guard.address), timeout=5) as plain:
+        with socket.create_connection(port_of(guard.address), timeout=PATIENCE) as plain:
             plain.setblocking(True)
             tls = SSL.Connection(SSL.Context(SSL.TLS_CLIENT_METHOD), plain)
             tls.set_tlsext_host_name(b"strict.test")
@@ -220,7 +221,7 @@ def test_b3_an_odd_server_name_is_no_missing_one(ca: Ca, case: str) -> None:
     site takes."""
     with App() as lax, App() as strict, Running(ca, lax.address) as guard:
         _strict_and_lax(guard, lax, strict)
-        with socket.create_connection(port_of(guard.address), timeout=5) as plain:
+        with socket.create_connection(port_of(guard.address), timeout=PATIENCE) as plain:
             plain.sendall(Hello(None, names=NAMES[case]).records())
             answer = b""
             while piece := plain.recv(1 << 16):
@@ -239,7 +240,7 @@ def test_b3_grease_changes_nothing(attacker: Attacker, ca: Ca) -> None:
     )
     with App() as lax, App() as strict, Running(ca, lax.address) as guard:
         _strict_and_lax(guard, lax, strict)
-        with socket.create_connection(port_of(guard.address), timeout=5) as plain:
+        with socket.create_connection(port_of(guard.address), timeout=PATIENCE) as plain:
             plain.sendall(grease.records())
             assert plain.recv(1 << 16)[:1] == b"\x15"
         assert guard.events.next("connection")["reason"] == "tls.unknown_name"

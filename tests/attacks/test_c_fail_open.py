@@ -41,12 +41,12 @@ from tests.attacks.kit import (
     port_of,
     revoked,
     serve_sites,
-    until,
     untouched,
 )
 from tests.support.apps import HELLO, App, echo_head, get
 from tests.support.certs import Ca, Leaf, Spec, general, make
 from tests.support.guards import Running
+from tests.support.waiting import PATIENCE, until
 
 KEPT = get(close=False)
 
@@ -303,7 +303,7 @@ def test_c7_plaintext_before_the_handshake_is_never_served(ca: Ca) -> None:
     for tcp in (False, True):
         with App() as app, Running(ca, f"tcp://{app.address}" if tcp else app.address) as guard:
             for turn in range(1000):
-                with socket.create_connection(port_of(guard.address), timeout=5) as plain:
+                with socket.create_connection(port_of(guard.address), timeout=PATIENCE) as plain:
                     plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     opening = openings[turn % len(openings)]
                     cut = turn % 7 * len(opening) // 7
@@ -316,7 +316,7 @@ def test_c7_plaintext_before_the_handshake_is_never_served(ca: Ca) -> None:
                             plain.shutdown(socket.SHUT_WR)
                         case 1:
                             plain.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
-            until(lambda: not guard.guard.connections, 20)
+            until(lambda: not guard.guard.connections, "the end of all")
             assert untouched(app)
 
 
@@ -396,7 +396,7 @@ def test_c10_an_answer_that_nobody_asked_for_is_nobodys(attacker: Attacker, ca: 
         for path in ("/at-once", "/later", "/"):
             assert one(tls, get(path, close=False)).body == b"Hello World\n"
             if path == "/later":
-                until(lambda: guard.call(_upstream_gone, guard))
+                until(lambda: guard.call(_upstream_gone, guard), "the end of the connection to the app")
         assert app.connections == 3
 
 
@@ -429,7 +429,7 @@ def test_c10_what_an_app_says_before_its_handshake_is_no_answer(attacker: Attack
         heard = attacker.call(guard, ca.client())
         assert heard.status == 502
         assert b"Hello World" not in heard.answer
-        thread.join(5)
+        thread.join(PATIENCE)
 
 
 def test_c11_a_pinned_certificate_is_still_judged(attacker: Attacker, ca: Ca) -> None:

@@ -16,10 +16,11 @@ from handfast.tls.server import ClientAuth
 from handfast.wire.forwarding import HeaderStyle, facts_of, identity_headers
 from handfast.wire.identity import IDENTITY_HEADERS, IDENTITY_PREFIXES, fold
 from handfast.wire.proxy import Address, Endpoints, proxy_v2
-from tests.attacks.kit import Attacker, Vhost, hear, one, port_of, serve_sites, until, untouched
+from tests.attacks.kit import Attacker, Vhost, hear, one, port_of, serve_sites, untouched
 from tests.support.apps import App, echo_head, get
 from tests.support.certs import Ca
 from tests.support.guards import Running
+from tests.support.waiting import PATIENCE, until
 
 # As they are spelled by who emits or believes them.
 SPOOFED = (
@@ -156,16 +157,20 @@ def test_e6_trailers_bring_no_identity(attacker: Attacker, ca: Ca) -> None:
     body = b"5\r\nhello\r\n0\r\nClient-Identity: spoofed\r\nX-SSL-Client-Verify: spoofed\r\n\r\n"
     head = b"POST / HTTP/1.1\r\nHost: localhost\r\nTrailer: Client-Identity\r\nTransfer-Encoding: chunked\r\n"
 
+    bodies: list[bytes] = []
+
     def answer(connection: socket.socket, request: bytes) -> None:
-        while b"0\r\n" not in request.partition(b"\r\n\r\n")[2]:
-            request += connection.recv(1 << 16)
+        body = request.partition(b"\r\n\r\n")[2]
+        while not re.search(rb"(?s)(\A|\r\n)0\r\n(.*\r\n)?\r\n\Z", body):
+            body += connection.recv(1 << 16)
+        bodies.append(body)
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 
     with App(answer) as app, Running(ca, app.address) as guard:
         heard = attacker.call(guard, ca.client(), head + b"Connection: close\r\n\r\n" + body)
         assert heard.status == 200
+        assert bodies == [b"5\r\nhello\r\n0\r\n\r\n"]
         assert b"spoofed" not in app.received
-        assert app.received.endswith(b"5\r\nhello\r\n0\r\n\r\n")
 
 
 def test_e6_an_interim_answer_says_nothing_of_who_called(attacker: Attacker, ca: Ca) -> None:
@@ -236,7 +241,7 @@ _SAYS = proxy_v2(Endpoints(Address("6.6.6.6", 1), Address("7.7.7.7", 2)))
 def test_e10_a_preamble_of_a_stranger_is_no_address(ca: Ca, preamble: bytes, tcp: bool) -> None:
     """E10: a PROXY header from who is not believed is no TLS, and is refused; from who is, it is the address."""
     with App() as app, Running(ca, f"tcp://{app.address}" if tcp else app.address) as guard:
-        with socket.create_connection(port_of(guard.address), timeout=5) as plain:
+        with socket.create_connection(port_of(guard.address), timeout=PATIENCE) as plain:
             plain.sendall(preamble)
             plain.shutdown(socket.SHUT_WR)
             while plain.recv(1 << 16):
@@ -259,7 +264,7 @@ def test_e10_a_preamble_within_tls_is_the_clients_own_words(attacker: Attacker, 
             tls.sendall(_SAYS + get(close=False))
             assert tls.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
             # A preamble holds an empty line, so the app may answer to the guard's own before it has the client's.
-            until(lambda: _SAYS in app.received)
+            until(lambda: _SAYS in app.received, "the client's own preamble")
         assert app.received.startswith(_SAYS[:12])
         assert b"\x7f\x00\x00\x01\x7f\x00\x00\x01" in app.received[:28]
         assert app.received.index(_SAYS) > 28
@@ -283,7 +288,7 @@ BAD_PREAMBLES = {
 def test_e10_a_broken_preamble_lets_nobody_in(attacker: Attacker, ca: Ca, case: str) -> None:
     """E10: behind a believed proxy, a connection without a sound header gets no handshake."""
     with App() as app, Running(ca, app.address, proxy_from=BELIEVED) as guard:
-        plain = socket.create_connection(port_of(guard.address), timeout=5)
+        plain = socket.create_connection(port_of(guard.address), timeout=PATIENCE)
         with pytest.raises((OSError, ConnectionError)):  # noqa: PT012  # when it is cut off depends on the case
             plain.sendall(BAD_PREAMBLES[case])
             with attacker.context(ca.client()).wrap_socket(plain, server_hostname="localhost") as tls:
@@ -291,7 +296,7 @@ def test_e10_a_broken_preamble_lets_nobody_in(attacker: Attacker, ca: Ca, case: 
         plain.close()
         assert guard.events.next("connection")["decision"] == "deny"
         assert untouched(app)
-        plain = socket.create_connection(port_of(guard.address), timeout=5)
+        plain = socket.create_connection(port_of(guard.address), timeout=PATIENCE)
         plain.sendall(_SAYS)
         with attacker.context(ca.client()).wrap_socket(plain, server_hostname="localhost") as tls:
             assert hear(tls, get()).status == 200

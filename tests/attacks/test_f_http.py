@@ -18,10 +18,11 @@ from tlslite.errors import TLSError
 
 from handfast.guard.connection import Limits
 from handfast.policy import parse_policy
-from tests.attacks.kit import UPGRADE, Attacker, hear, one, port_of, tlslite, until, untouched
+from tests.attacks.kit import UPGRADE, Attacker, hear, one, port_of, tlslite, untouched
 from tests.support.apps import App, get
 from tests.support.certs import Ca
 from tests.support.guards import Running
+from tests.support.waiting import PATIENCE, Stopwatch, until
 
 KEPT = get(close=False)
 MARK = b"POST /smuggled HTTP/1.1\r\nHost: localhost\r\nX-Mark: smuggled\r\nContent-Length: 0\r\n\r\n"
@@ -191,26 +192,28 @@ CORPUS: dict[str, bytes] = {
 }
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("lax", [False, True])
 def test_f1_no_request_is_smuggled(attacker: Attacker, ca: Ca, lax: bool) -> None:
     """F1: for each of the corpus, the app takes as many requests as the guard says it forwarded, each with one
     identity, the sender's; and the requests of a client beside them stay its own."""
-    limits, alice = Limits(head=1, response=1, idle=1), ca.client("spiffe://test/alice")
+    limits, alice = Limits(head=3, response=3, idle=3), ca.client("spiffe://test/alice")
     app = Backend(lax)
     with app, Running(ca, app.address, limits=limits) as guard:
         for case, attack in CORPUS.items():
             with attacker.open(guard, ca.client(f"spiffe://test/{case}")) as tls:
                 tls.settimeout(0.1)
                 hear(tls, attack + get("/after"))
+            until(lambda: not guard.guard.connections, f"the end of {case}")
             with attacker.open(guard, alice) as other:
                 assert one(other, get(f"/alice/{case}", close=False)).status == 200
-        until(lambda: not guard.guard.connections)
+        until(lambda: not guard.guard.connections, "the end of all")
     asked = [event for event in guard.events.all if event["event"] == "request"]
     assert len({event["peer"] for event in asked}) > len(CORPUS) * 0.9
     for case in (*CORPUS, "alice"):
         name = f"spiffe://test/{case}"
         forwarded = [event for event in asked if event["peer"] == name and event["decision"] == "allow"]
-        answered = [event for event in forwarded if event["status"] == 200]
+        answered = [event for event in forwarded if event.get("status") == 200]
         taken = [line for line, who in app.seen if who == [f'"{name}"'.encode()]]
         assert len(answered) <= len(taken) <= len(forwarded), (case, taken, forwarded)
         paths = [line.split(b" ")[1].decode() for line in taken]
@@ -399,9 +402,9 @@ def test_f5_a_flood_of_key_updates_stops_nobody(attacker: Attacker, ca: Ca) -> N
                     for _part in tls.send_keyupdate_request(KeyUpdateMessageType.update_requested):
                         pass
                     sent += 1
-            began = time.monotonic()
-            assert attacker.call(guard, ca.client()).status == 200
-            assert time.monotonic() - began < 2
+            with Stopwatch() as watch:
+                assert attacker.call(guard, ca.client()).status == 200
+            assert watch.seconds < 2
             assert sent == 1000
             for connection in list(guard.guard.connections):
                 assert guard.call(connection.transport.get_write_buffer_size) < 1 << 22
@@ -416,7 +419,7 @@ def test_f5_a_handshake_in_drops_is_cut_off(ca: Ca, attacker: Attacker) -> None:
         tls.do_handshake()
     hello = outgoing.read()
     with App() as app, Running(ca, app.address, limits=Limits(handshake=1)) as guard:
-        with socket.create_connection(port_of(guard.address), timeout=5) as plain:
+        with socket.create_connection(port_of(guard.address), timeout=PATIENCE) as plain:
             plain.settimeout(0.02)
             began, ended = time.monotonic(), False
             for octet in hello:
@@ -430,7 +433,7 @@ def test_f5_a_handshake_in_drops_is_cut_off(ca: Ca, attacker: Attacker) -> None:
                 if ended:
                     break
             assert ended
-            assert time.monotonic() - began < 3
+            assert time.monotonic() - began < 6  # and not the 10 s that all of it would take
         assert guard.events.next("connection")["reason"] == "tls.timeout"
         assert untouched(app)
 
@@ -452,7 +455,7 @@ def test_f5_the_end_of_a_large_answer_is_not_lost(attacker: Attacker, ca: Ca) ->
         cert, key = ca.client().save(attacker.folder, "half")
         context.use_certificate_chain_file(str(cert))
         context.use_privatekey_file(str(key))
-        with socket.create_connection(port_of(guard.address), timeout=5) as plain:
+        with socket.create_connection(port_of(guard.address), timeout=PATIENCE) as plain:
             plain.setblocking(True)
             tls = SSL.Connection(context, plain)
             tls.set_connect_state()
@@ -475,7 +478,7 @@ def test_f5_without_descriptors_it_waits_and_recovers(attacker: Attacker, ca: Ca
         context = attacker.context(ca.client())
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         plain = socket.socket()
-        plain.settimeout(5)
+        plain.settimeout(PATIENCE)
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, hard))
             with suppress(OSError):
@@ -483,13 +486,13 @@ def test_f5_without_descriptors_it_waits_and_recovers(attacker: Attacker, ca: Ca
                     held.append(os.open("/dev/null", os.O_RDONLY))
             plain.connect(port_of(guard.address))
             deadline = time.monotonic() + 1
-            until(lambda: time.monotonic() > deadline)
+            until(lambda: time.monotonic() > deadline, "a second")
         finally:
             for each in held:
                 os.close(each)
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             plain.close()
-        until(lambda: attacker.call(guard, context=context).status == 200)
+        until(lambda: attacker.call(guard, context=context).status == 200, "an answer again")
         assert app.connections >= 2
 
 
@@ -498,12 +501,14 @@ def test_f5_connections_that_come_and_go_leave_none_behind(attacker: Attacker, c
     connection open."""
 
     class Counting(App):
-        gone = 0
+        def __init__(self) -> None:
+            super().__init__()
+            self.gone: list[socket.socket] = []
 
         def _serve(self, connection: socket.socket) -> None:
             with suppress(OSError):
                 super()._serve(connection)
-            type(self).gone += 1
+            self.gone.append(connection)
 
     app = Counting()
     with app, Running(ca, app.address) as guard:
@@ -513,5 +518,5 @@ def test_f5_connections_that_come_and_go_leave_none_behind(attacker: Attacker, c
                 tls.sendall((KEPT, b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nx")[turn % 2])
                 if turn % 3 == 0:
                     tls.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        until(lambda: not guard.guard.connections)
-        until(lambda: app.gone == app.connections)
+        until(lambda: not guard.guard.connections, "the end of all")
+        until(lambda: len(app.gone) == app.connections, "the end of all connections to the app")

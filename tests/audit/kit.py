@@ -19,6 +19,7 @@ from handfast.audit.model import Finding
 from handfast.audit.odd import chain_of
 from handfast.audit.runner import Means, Pace, Target, prepare, run
 from handfast.testing import TestAuthority
+from tests.support.apps import accepted
 from tests.support.programs import free_port, nginx, s_server
 
 FAST = Pace(answer=2.0, limit=1.5, patience=1.5)
@@ -56,9 +57,7 @@ def scripted(serve: Serve) -> Iterator[int]:
 
     def accept(listener: socket.socket) -> None:
         while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
+            if (connection := accepted(listener)) is None:
                 return
             if stopped.is_set():
                 connection.close()
@@ -77,13 +76,13 @@ def scripted(serve: Serve) -> Iterator[int]:
         finally:
             stopped.set()
             with suppress(OSError):
-                socket.create_connection(("127.0.0.1", port), 1).close()
-            acceptor.join(5)
+                socket.create_connection(("127.0.0.1", port), 5).close()
+            acceptor.join(30)
             for connection in list(open_now):
                 with suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
             for thread in threads:
-                thread.join(5)
+                thread.join(30)
 
 
 def python_context(authority: TestAuthority, folder: Path, verify: ssl.VerifyMode) -> ssl.SSLContext:

@@ -18,6 +18,7 @@ from tests.audit.insider_kit import found_at
 from tests.audit.kit import ANSWER, FAST, answering, credulous, nginx_with, python_context, scripted
 from tests.support.apps import App
 from tests.support.programs import served
+from tests.support.waiting import until
 
 FEW = replace(FAST, load=0.2)
 
@@ -105,8 +106,5 @@ def test_every_check_has_a_server_with_its_hole() -> None:
 
 def _written(path: Path) -> int:
     """The number in a file that a program writes as it starts."""
-    ends = time.monotonic() + 5
-    while not (path.exists() and path.read_text().strip()):
-        assert time.monotonic() < ends, f"{path} was not written"
-        time.sleep(0.02)
+    until(lambda: path.exists() and path.read_text().strip(), f"{path}")
     return int(path.read_text())

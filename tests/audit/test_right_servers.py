@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from tests.support.apps import App
 from tests.support.certs import Ca
 from tests.support.guards import Running
 
+# A right server ends what it should, and how soon is told by the machine as well.
+PATIENT = replace(FAST, answer=5.0, limit=8.0, patience=8.0)
 # What cannot be made against a server without a credential, or needs a client on the other side.
 WITHOUT_CREDENTIAL = {
     "outsider.copied-certificate",
@@ -29,7 +32,7 @@ WITHOUT_CREDENTIAL = {
 
 def of(port: int, means: Means) -> Report:
     """What all checks of an outsider come to."""
-    return run(prepare(target(port), means, FAST), choose(["outsider.*"]), lambda *_: None)
+    return run(prepare(target(port), means, PATIENT), choose(["outsider.*"]), lambda *_: None)
 
 
 def holds(report: Report) -> None:

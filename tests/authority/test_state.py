@@ -130,7 +130,7 @@ def test_a_folder_is_held_by_one_process(folder: Path) -> None:
         with pytest.raises(StoreError) as refused, lock(folder, wait=timedelta(milliseconds=50)):
             pass
         assert refused.value.reason is Reason.STORE_LOCKED
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 20
     with lock(folder, wait=timedelta(0)):
         pass
 

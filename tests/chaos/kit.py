@@ -11,7 +11,7 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,18 +21,11 @@ from typing import IO, Any
 import uvloop
 
 from tests.support.programs import HANDFAST, environment, free_port
+from tests.support.waiting import PATIENCE as WAIT
+from tests.support.waiting import until
 
-WAIT = 20.0
 PATIENCE = 60.0  # seconds that a client waits: the queue of a dead worker is served by its next life
 _TICKS = os.sysconf("SC_CLK_TCK")
-
-
-def until(true: Callable[[], object], seconds: float = WAIT, what: str = "it did not come to hold in time") -> None:
-    """Wait until something holds; fail when it does not in time."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 # The guard.
@@ -115,7 +108,7 @@ def guarding(
             stderr=errors, start_new_session=True,
         )  # fmt: skip
     try:
-        until(lambda: process.poll() is not None or _listens(port), what="the guard does not listen")
+        until(lambda: process.poll() is not None or _listens(port), "a guard that listens")
         assert process.poll() is None, (folder / "guard.err").read_text() + log.read_text(errors="replace")
         yield Guard(process, port, log)
         process.terminate()

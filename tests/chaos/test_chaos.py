@@ -19,15 +19,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from handfast.errors import Reason
-from tests.chaos.kit import Apps, Caller, Guard, guarding, until
+from tests.chaos.kit import Apps, Caller, Guard, guarding
 from tests.e2e.guard_kit import Files
 from tests.support.apps import App, hello
 from tests.support.certs import Ca
+from tests.support.waiting import until
 
 CONFIG = """
 workers = 2
@@ -81,6 +83,14 @@ class Report:
 
 
 @dataclass
+class Outage:
+    """From when till when no app was up."""
+
+    begin: float
+    end: float = float("inf")
+
+
+@dataclass
 class Storm:
     """A run: its threads, and what each of them has to tell the others."""
 
@@ -89,7 +99,7 @@ class Storm:
     apps: Apps
     report: Report = field(default_factory=Report)
     doomed: list[tuple[int, float]] = field(default_factory=list)  # a client's port, and when its worker was stopped
-    outages: list[tuple[float, float]] = field(default_factory=list)  # from when till when no app was up
+    outages: list[Outage] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -137,11 +147,12 @@ class Storm:
             self.apps.stop(first)
             self.report.crashes += 1
             if turn % 4 == 3:
-                began = time.monotonic()  # from before the other is stopped: what is under way there fails too
+                outage = Outage(time.monotonic())  # before the other is stopped: what is under way there fails too
+                self.outages.append(outage)
                 self.apps.stop(second)
                 self.over.wait(0.2)
                 self.apps.start(second)
-                self.outages.append((began, time.monotonic()))
+                outage.end = time.monotonic()
             self.over.wait(0.3)
             self.apps.start(first)
             first, second = second, first
@@ -152,6 +163,7 @@ class Storm:
             pid = chance.choice(self.guard.workers())
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
+                until(lambda pid=pid: stands_still(pid), "a worker that stands still")  # type: ignore[misc]  # bound to this turn's
                 now, ports = time.monotonic(), self.guard.clients_of(pid)
                 self.doomed += [(port, now) for port in ports]
                 os.kill(pid, signal.SIGKILL)
@@ -225,9 +237,8 @@ class Storm:
         return any(port == caller.own_port and caller.opened <= when for port, when in list(self.doomed))
 
     def _none_was_up(self, began: float) -> bool:
-        """Whether, at some time since `began`, no app was up. An outage is noted when it is over."""
-        time.sleep(0.5)
-        return any(start <= time.monotonic() and end >= began for start, end in list(self.outages))
+        """Whether, at some time since `began`, no app was up."""
+        return any(outage.end >= began for outage in list(self.outages))
 
 
 def rotate(files: Files) -> None:
@@ -259,22 +270,37 @@ def chaos(folder: Path, seconds: float) -> Report:
     with Apps(2) as apps:
         targets = ", ".join(f'"127.0.0.1:{port}"' for port in apps.ports)
         with guarding(folder, CONFIG.format(targets=targets)) as guard:
-            until(lambda: len(guard.workers()) == 2)
+            until(lambda: len(guard.workers()) == 2, "two workers")
             report = Storm(files, guard, apps).blow(seconds)
-            until(lambda: len(guard.workers()) == 2, 40)
+            killed = ("signal 9", Reason.GUARD_WORKER_DIED.code)
+            until(lambda: deaths(guard)[killed] >= report.kills, "the parent's word on each kill")
+            until(lambda: len(guard.workers()) == 2, "two workers again")
             guard.well()
-            died = Counter((event["how"], event["reason"]) for event in guard.events("worker_died"))
-            assert died.pop(("signal 9", Reason.GUARD_WORKER_DIED.code)) == report.kills
+            died = deaths(guard)
+            assert died.pop(killed) == report.kills
             report.halves = died.total()  # came back between the key and its certificate, and once more after
             assert {reason for _, reason in died} <= {Reason.INPUT_KEY_MISMATCH.code}, died
             assert guard.events("reload")
-            ended = [event for event in guard.events("ended") if event["reason"] == Reason.ENDED_POLICY.code]
-            assert {event["peer"] for event in ended} <= {f"spiffe://test/{FICKLE}"}
-            assert report.ended <= len(ended)
+            until(lambda: report.ended <= len(ended_by_rule(guard)), "the log of each end by rule")
+            assert {event["peer"] for event in ended_by_rule(guard)} <= {f"spiffe://test/{FICKLE}"}
     return report
 
 
-@pytest.mark.timeout(120)
+def deaths(guard: Guard) -> Counter[tuple[str, str]]:
+    """How its workers died, and the reasons, by the log."""
+    return Counter((event["how"], event["reason"]) for event in guard.events("worker_died"))
+
+
+def ended_by_rule(guard: Guard) -> list[dict[str, Any]]:
+    return [event for event in guard.events("ended") if event["reason"] == Reason.ENDED_POLICY.code]
+
+
+def stands_still(pid: int) -> bool:
+    """Whether a process that was sent SIGSTOP has come to a stop: the signal alone does not wait for that."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "TZX"
+
+
+@pytest.mark.timeout(300)
 def test_nothing_fails_but_what_dies_with_its_worker(tmp_path: Path) -> None:
     """Under kills, crashes, rotations and changing rules no request fails but those in flight in a killed worker."""
     report = chaos(tmp_path, 13)

@@ -21,10 +21,11 @@ import pytest
 
 from handfast.errors import Reason
 from tests.authority.disks import fill, mounted
-from tests.chaos.kit import Apps, Caller, Guard, guarding, until
+from tests.chaos.kit import Apps, Caller, Guard, guarding
 from tests.e2e.guard_kit import Files
 from tests.support.apps import client_context
 from tests.support.certs import Ca
+from tests.support.waiting import PATIENCE, until
 
 CONFIG = """
 workers = WORKERS
@@ -50,7 +51,7 @@ def running(
     files = Files(folder)
     config = CONFIG.replace("WORKERS", str(workers))
     with Apps(1) as apps, guarding(folder, config.replace("APP", str(apps.ports[0])), out=out, limits=limits) as guard:
-        until(lambda: len(guard.workers()) == (workers if workers > 1 else 0))
+        until(lambda: len(guard.workers()) == (workers if workers > 1 else 0), "all workers")
         yield files, apps, guard
 
 
@@ -89,10 +90,10 @@ class Strangers:
                     return self._shake(plain, self.unknown[number // 5 % len(self.unknown)])
                 case 2:
                     plain.sendall(GET)
-                    return _code(plain.recv(4096))
+                    return _code(_whole(plain))
                 case 3:
                     plain.sendall(b"\xff" + random.Random(number).randbytes(200))
-                    plain.recv(64)
+                    _whole(plain)
                     return "silence"
                 case _:
                     plain.sendall(self.hello[: len(self.hello) // 2])
@@ -101,10 +102,15 @@ class Strangers:
     def _shake(self, plain: socket.socket, context: ssl.SSLContext) -> str:
         with context.wrap_socket(plain, server_hostname="localhost", suppress_ragged_eofs=True) as tls:
             tls.sendall(GET)
-            answer = b""
-            while piece := tls.recv(4096):
-                answer += piece
-            return _code(answer)
+            return _code(_whole(tls))
+
+
+def _whole(plug: socket.socket) -> bytes:
+    """All that comes until the far side ends it."""
+    answer = b""
+    while piece := plug.recv(4096):
+        answer += piece
+    return answer
 
 
 def _code(answer: bytes) -> str:
@@ -141,7 +147,7 @@ def refuse(folder: Path, first: int, then: int, unknown: int) -> Memory:
 
         def come(numbers: range) -> int:
             assert set(pool.map(strangers.come, numbers, chunksize=1)) == TOLD
-            until(lambda: guard.descriptors() <= idle + 1, 30, "connections of strangers stay open")
+            until(lambda: guard.descriptors() <= idle + 1, "the end of the strangers' connections")
             return guard.resident()
 
         idle = guard.descriptors()
@@ -154,11 +160,12 @@ def refuse(folder: Path, first: int, then: int, unknown: int) -> Memory:
         assert alice.ask().right
         alice.close()
         least = (first + then) * 4 // 5  # of half a hello that is gone at once there may be nothing to say
-        until(lambda: [event["decision"] for event in guard.events("connection")].count("deny") >= least)
+        until(lambda: [event["decision"] for event in guard.events("connection")].count("deny") >= least, "the log")
         guard.well()
     return memory
 
 
+@pytest.mark.timeout(400)
 def test_refused_handshakes_leave_nothing_behind(tmp_path: Path) -> None:
     """After 1,000 refused clients of five kinds, 3,000 more cost no memory, no descriptor, and no request."""
     memory = refuse(tmp_path, 1_000, 3_000, 50)
@@ -169,7 +176,7 @@ def test_refused_handshakes_leave_nothing_behind(tmp_path: Path) -> None:
 
 
 def _hold(guard: Guard, many: int) -> list[socket.socket]:
-    return [socket.create_connection(("127.0.0.1", guard.port), 10) for _ in range(many)]
+    return [socket.create_connection(("127.0.0.1", guard.port), PATIENCE) for _ in range(many)]
 
 
 def _closed(plugs: list[socket.socket]) -> int:
@@ -204,10 +211,10 @@ def test_accepting_pauses_while_descriptors_are_out(tmp_path: Path) -> None:
             assert _closed(held) == 0
             for plug in held:
                 plug.close()
-            assert waiting.result(20).right
+            assert waiting.result(PATIENCE).right
         bob.close()
         alice.close()
-        until(lambda: guard.descriptors() < FEW // 2)
+        until(lambda: guard.descriptors() < FEW // 2, "descriptors that are free again")
         dora = Caller("dora", guard.port, files.client("dora").context())
         assert all(answer.right for answer in dora.ask_many(5))
         dora.close()
@@ -225,17 +232,17 @@ def test_a_full_disk_stops_forwarding_until_there_is_room(tmp_path: Path) -> Non
         files, apps, guard = stack.enter_context(running(tmp_path, out=log.fileno()))
         alice = Caller("alice", guard.port, files.client("alice").context())
         assert alice.ask().right
-        until(lambda: b'"status":200' in (disk / "log").read_bytes())
+        until(lambda: b'"status":200' in (disk / "log").read_bytes(), "the line of the first request")
         filler = fill(disk)
-        until(lambda: alice.ask().status == Reason.GUARD_LOG_FAILED.http, 10, "it forwards without a log")
+        until(lambda: alice.ask().status == Reason.GUARD_LOG_FAILED.http, "a refusal for want of a log")
         answered = apps.answered
         refusals = [alice.ask() for _ in range(10)]
         assert all(Reason.GUARD_LOG_FAILED.code.encode() in refusal.body for refusal in refusals)
         assert apps.answered == answered
         filler.unlink()
-        until(lambda: alice.ask().right, 10, "it does not recover")
+        until(lambda: alice.ask().right, "a right answer again")
         last = b'"request":"'
-        until(lambda: (disk / "log").read_bytes().count(last) > 3)
+        until(lambda: (disk / "log").read_bytes().count(last) > 3, "lines in the log")
         alice.close()
 
 
@@ -245,18 +252,22 @@ class Reader:
     def __init__(self) -> None:
         self._near, self.out = os.pipe()
         self.data = b""
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for end in (self._near, self.out):
-            with suppress(OSError):
-                os.close(end)
+        os.close(self.out)
+        if self._thread is not None:  # else it could read from whatever gets the number next
+            self._thread.join(PATIENCE)
+            assert not self._thread.is_alive(), "somebody still has the pipe"
+        os.close(self._near)
 
     def begin(self) -> None:
         """Read from now on."""
-        threading.Thread(target=self._read, daemon=True).start()
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
 
     def _read(self) -> None:
         with suppress(OSError):
@@ -280,7 +291,7 @@ def test_a_slow_reader_of_the_log_holds_nobody_up(tmp_path: Path, workers: int) 
     with Reader() as reader, running(tmp_path, workers, out=reader.out) as (files, _, guard):
         assert _ask_some(guard, files, 6, 30) == 6 * 30 * 8
         reader.begin()
-        until(lambda: reader.data.count(b'"status":200') == 6 * 30 * 8)
+        until(lambda: reader.data.count(b'"status":200') == 6 * 30 * 8, "a line for each request")
 
 
 def test_a_worker_is_replaced_while_nobody_reads_the_log(tmp_path: Path) -> None:
@@ -290,7 +301,7 @@ def test_a_worker_is_replaced_while_nobody_reads_the_log(tmp_path: Path) -> None
         dead = guard.workers()[0]
         os.kill(dead, signal.SIGKILL)
         try:
-            until(lambda: len(guard.workers()) == 2 and dead not in guard.workers(), 5, "it is not replaced")
+            until(lambda: len(guard.workers()) == 2 and dead not in guard.workers(), "another worker")
         finally:
             reader.begin()  # or the guard would not end
 
@@ -310,6 +321,6 @@ def swell(folder: Path, limit: int) -> tuple[int, int]:
         assert apps.answered == answered
         grown = guard.resident() - before
         reader.begin()
-        until(lambda: alice.ask().right, 20, "it does not recover")
+        until(lambda: alice.ask().right, "a right answer again")
         alice.close()
         return answered, grown

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.kit import Answer, Apps, Caller, Guard, guarding
+from tests.chaos.kit import PATIENCE, Answer, Apps, Caller, Guard, guarding
 from tests.e2e.guard_kit import Files
 
 CONFIG = """
@@ -46,7 +46,7 @@ def interleave(guard: Guard, files: Files, clients: int, requests: int) -> Tally
     def call(name: str) -> None:
         caller = Caller(name, guard.port, files.client(name).context())
         try:
-            together.wait(10)
+            together.wait(PATIENCE)
             turn = 0
             while caller.count < requests // clients:
                 turn += 1
@@ -83,6 +83,7 @@ def attribute(folder: Path, clients: int, requests: int, workers: int = 1) -> Ta
     return tally
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(("clients", "workers"), [(2, 1), (4, 2)])
 def test_every_answer_is_its_own_clients(tmp_path: Path, clients: int, workers: int) -> None:
     """Of 10,000 interleaved requests, pipelined or with bodies like requests, all get their own client's answer."""

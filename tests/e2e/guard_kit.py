@@ -7,7 +7,6 @@ import signal
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,9 +18,10 @@ from tests.support.apps import Answer as AppAnswer
 from tests.support.apps import App
 from tests.support.certs import Ca, Leaf
 from tests.support.programs import HANDFAST, Child
+from tests.support.waiting import PATIENCE as WAIT
+from tests.support.waiting import Stopwatch, until
 
 LIMIT = 2.0  # seconds in which the end of trust takes effect
-WAIT = 10.0
 JSON = 'log = "json"\n'
 
 
@@ -94,14 +94,17 @@ class Line:
             return Got(response.status, response.headers, response.read())
 
     def ends_within(self, seconds: float) -> bool:
-        """Whether the guard closes the connection in time, without a word before."""
-        self.tls.settimeout(seconds)
-        try:
-            return self.tls.recv(1 << 16) == b""
-        except TimeoutError:
-            return False
-        except (ConnectionResetError, ssl.SSLError):
-            return True
+        """Whether the guard closes the connection in time (of a machine that goes on), without a word before."""
+        self.tls.settimeout(WAIT)
+        with Stopwatch() as watch:
+            try:
+                if self.tls.recv(1 << 16) != b"":
+                    return False
+            except TimeoutError:
+                return False
+            except (ConnectionResetError, ssl.SSLError):
+                pass
+        return watch.seconds < seconds
 
     @property
     def shown(self) -> bytes:
@@ -241,14 +244,6 @@ def apps(*names: str) -> Iterator[list[App]]:
             app.__exit__()
 
 
-def eventually(true: Callable[[], object], seconds: float = WAIT) -> None:
-    """Wait until something holds; fail when it does not in time."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it did not come to hold in time"
-        time.sleep(0.02)
-
-
 @dataclass
 class Load:
     """Clients that call without pause, each on connections of its own, until the `with` ends."""
@@ -273,7 +268,7 @@ class Load:
     def goes_on(self, more: int = 10) -> None:
         """Wait until so many more calls were made."""
         before = self.calls
-        eventually(lambda: self.calls >= before + more or self.failures)
+        until(lambda: self.calls >= before + more or self.failures, f"{more} more calls", 2 * WAIT)
 
     def _run(self) -> None:
         while not self._stop.is_set():

@@ -23,7 +23,7 @@ from handfast.authority import GeneratedPassphrase, Plan, create_authority
 from handfast.errors import Exit
 from handfast.pki.pkcs12 import encode_p12
 from tests.e2e.kit import Caller, check_refusal, serials
-from tests.support.apps import App
+from tests.support.apps import App, accepted
 from tests.support.certs import Ca, Spec, make
 
 # In the tables, @NAME is a file of `files`, STATE the state folder, OUT a new file, FILE the bad one.
@@ -473,9 +473,7 @@ def _list(ca: Ca) -> bytes:
 
 
 def _greet(listener: socket.socket, greeting: bytes) -> None:
-    with suppress(OSError):
-        while True:
-            connection, _ = listener.accept()
-            with connection:
-                connection.recv(1 << 16)
-                connection.sendall(greeting)
+    while (connection := accepted(listener)) is not None:
+        with connection, suppress(OSError):
+            connection.recv(1 << 16)
+            connection.sendall(greeting)

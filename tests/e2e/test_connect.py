@@ -19,10 +19,11 @@ from handfast.authority import GeneratedPassphrase, open_authority
 from handfast.cli.renewing import Renewal, renewal_of
 from handfast.errors import Exit, HandfastError, Reason
 from handfast.pki.certificates import parse_certificates
-from tests.connector.kit import everything, until
+from tests.connector.kit import everything
 from tests.support.apps import App
 from tests.support.certs import Ca, Leaf
 from tests.support.programs import HANDFAST, Child, Served, free_port, handfast, made, nginx, refused, run, s_server
+from tests.support.waiting import until
 
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)
@@ -47,7 +48,7 @@ def connecting(*words: str | Path, folder: Path) -> Iterator[Served]:
 
 def spoken(port: int, request: bytes) -> bytes:
     """Send a request to the local port; all that comes back."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as plug:
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as plug:
         plug.sendall(request)
         return everything(plug)
 
@@ -79,7 +80,7 @@ def test_openssl_is_called(files: Ca, tmp_path: Path) -> None:
     ):
         assert connect.ready["server"] == "dns:localhost"
         assert connect.ready["as"] == "spiffe://test/web"
-        with socket.create_connection(("127.0.0.1", connect.port), timeout=10) as plug:
+        with socket.create_connection(("127.0.0.1", connect.port), timeout=30) as plug:
             plug.sendall(b"hello\n")
             assert plug.recv(100) == b"olleh\n"
         assert connect.next("offered")["version"] == "TLSv1.3"
@@ -196,7 +197,7 @@ def test_an_old_server_is_called_only_if_that_is_allowed(files: Ca, tmp_path: Pa
         code, error = refused(*words, "--listen", "127.0.0.1:0", folder=tmp_path)
         assert (code, error["error"], "--tls-min 1.2" in error["hint"]) == (3, "connect.handshake", True)
         with connecting(*words[1:], "--tls-min", "1.2", "--pool", "0", folder=tmp_path) as connect:
-            with socket.create_connection(("127.0.0.1", connect.port), timeout=10) as plug:
+            with socket.create_connection(("127.0.0.1", connect.port), timeout=30) as plug:
                 plug.sendall(b"hello\n")
                 assert plug.recv(100) == b"olleh\n"
             assert connect.next("offered")["version"] == "TLSv1.2"
@@ -220,11 +221,19 @@ def test_a_unix_socket_comes_and_goes(files: Ca, tmp_path: Path) -> None:
         with Child((*HANDFAST, "connect", *words, "--json"), tmp_path) as child:
             child.line("ready")
             child._process.send_signal(signal.SIGKILL)
-            child._process.wait(10)
+            child._process.wait(30)
         assert stat.S_ISSOCK((tmp_path / "c.sock").stat().st_mode)
         with connecting(*words, folder=tmp_path):
             assert stat.S_IMODE((tmp_path / "c.sock").stat().st_mode) == 0o600
     assert not (tmp_path / "c.sock").exists()
+
+
+def test_a_file_in_the_place_of_a_socket_stays(files: Ca, tmp_path: Path) -> None:
+    """A UNIX address that names a file, by a mistake in typing, is refused, and costs nobody the file."""
+    (tmp_path / "precious").write_text("data")
+    code, error = refused("connect", "--to", "localhost:1", *FILES, "--listen", "unix:precious", folder=tmp_path)
+    assert (code, error["error"]) == (Exit.UNREACHABLE, "guard.listen")
+    assert (tmp_path / "precious").read_text() == "data"
 
 
 @pytest.fixture
@@ -246,7 +255,7 @@ def test_a_name_of_the_authority_is_enough(home: Path, tmp_path: Path) -> None:
     with s_server(*OWN_SERVER, folder=tmp_path) as (port, _):
         with connecting("--to", f"localhost:{port}", "--as", "web", "--pool", "0", folder=tmp_path) as connect:
             assert (connect.ready["as"], connect.ready["renews"]) == ("spiffe://handfast.internal/web", True)
-            with socket.create_connection(("127.0.0.1", connect.port), timeout=10) as plug:
+            with socket.create_connection(("127.0.0.1", connect.port), timeout=30) as plug:
                 plug.sendall(b"hello\n")
                 assert plug.recv(100) == b"olleh\n"
         code, error = refused("connect", "--to", f"localhost:{port}", "--as", "db", folder=tmp_path)
@@ -368,7 +377,7 @@ def test_a_renewed_file_is_taken_while_it_runs(files: Ca, tmp_path: Path) -> Non
             (tmp_path / "web.crt").write_text("broken")
             event = connect.next("reload")
             assert (event["outcome"], event["reason"]) == ("kept", "input.not_certificate")
-            with socket.create_connection(("127.0.0.1", connect.port), timeout=10) as plug:
+            with socket.create_connection(("127.0.0.1", connect.port), timeout=30) as plug:
                 plug.sendall(b"hello\n")
                 assert plug.recv(100) == b"olleh\n"
 
@@ -381,7 +390,7 @@ def test_it_stops_when_told_and_at_once_when_told_twice(files: Ca, tmp_path: Pat
             shown = child.line("listening on")
             local = int(shown.partition("127.0.0.1:")[2].partition(",")[0])
             child.line("Ctrl-C stops it")
-            with socket.create_connection(("127.0.0.1", local), timeout=10) as plug:
+            with socket.create_connection(("127.0.0.1", local), timeout=30) as plug:
                 plug.sendall(b"hello\n")
                 assert plug.recv(100) == b"olleh\n"
                 child._process.send_signal(signal.SIGINT)
@@ -389,5 +398,5 @@ def test_it_stops_when_told_and_at_once_when_told_twice(files: Ca, tmp_path: Pat
                 plug.sendall(b"again\n")
                 assert plug.recv(100) == b"niaga\n"
                 child._process.send_signal(signal.SIGINT)
-                until(lambda: child._process.poll() is not None)
+                until(lambda: child._process.poll() is not None, "its end")
             assert child._process.returncode == Exit.REFUSED

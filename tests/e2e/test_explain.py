@@ -16,7 +16,9 @@ import pytest
 from handfast.errors import Exit
 from tests.e2e.kit import Caller
 from tests.explain.kit import CLIENTS, Files
+from tests.support.apps import accepted
 from tests.support.programs import HANDFAST, Child, curl, free_port, handfast, made, must, s_server, served
+from tests.support.waiting import PATIENCE
 
 WORDS = ("-cert", "server.crt", "-key", "server.key", "-CAfile", "ca.crt", "-Verify", "3", "-verify_return_error")
 OWN = ("--cert", "client.crt", "--key", "client.key", "--ca", "ca.crt", "--timeout", "5")
@@ -201,19 +203,17 @@ def _narrow(port: int) -> Iterator[int]:
                 target.shutdown(socket.SHUT_WR)
 
         def serve() -> None:
-            with suppress(OSError):
-                while True:
-                    client, _ = listener.accept()
-                    with client:
-                        first = client.recv(1 << 16)
-                        if len(first) > 1000:
-                            continue
-                        with socket.create_connection(("127.0.0.1", port)) as server:
-                            server.sendall(first)
-                            back = threading.Thread(target=carry, args=(server, client))
-                            back.start()
-                            carry(client, server)
-                            back.join(10)
+            while (client := accepted(listener)) is not None:
+                with client, suppress(OSError):
+                    first = client.recv(1 << 16)
+                    if len(first) > 1000:
+                        continue
+                    with socket.create_connection(("127.0.0.1", port)) as server:
+                        server.sendall(first)
+                        back = threading.Thread(target=carry, args=(server, client))
+                        back.start()
+                        carry(client, server)
+                        back.join(PATIENCE)
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
@@ -221,7 +221,7 @@ def _narrow(port: int) -> Iterator[int]:
             yield listener.getsockname()[1]
         finally:
             listener.shutdown(socket.SHUT_RDWR)
-            thread.join(10)
+            thread.join(PATIENCE)
 
 
 def test_a_middlebox_that_cuts_large_hellos_is_found(call: Caller, server: str) -> None:

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.guard_kit import WAIT, Files, Guarded, Load, admin_get, apps, eventually, guarding, metric
+from tests.e2e.guard_kit import Files, Guarded, Load, admin_get, apps, guarding, metric
 from tests.support.apps import App, hello
 from tests.support.programs import Child, environment, free_port, handfast
+from tests.support.waiting import PATIENCE as WAIT
+from tests.support.waiting import until
 
 CONFIG = """
 [admin]
@@ -50,13 +52,13 @@ def test_both_of_two_workers_serve(tmp_path: Path) -> None:
     files, admin = Files(tmp_path), free_port()
     alice = files.client()
     with App() as app, guarding(tmp_path, config(admin, app.address), top="workers = 2\n") as guard:
-        eventually(lambda: len(pids(admin)) == 2)
+        until(lambda: len(pids(admin)) == 2, "two workers")
         before = [metric(admin, f'handfast_worker_open_fds{{worker="{number}"}}') for number in (0, 1)]
         lines = [alice.line(guard.port) for _ in range(16)]
         for line in lines:
             assert line.__enter__().ask().status == 200
         handshakes = 'handfast_handshakes_total{listener="main",outcome="accept"'
-        eventually(lambda: metric(admin, handshakes) == 16)
+        until(lambda: metric(admin, handshakes) == 16, "a count of 16")
         assert metric(admin, 'handfast_connections{listener="main"}') == 16
         after = [metric(admin, f'handfast_worker_open_fds{{worker="{number}"}}') for number in (0, 1)]
         assert all(now > then for now, then in zip(after, before, strict=True)), (before, after)
@@ -74,7 +76,7 @@ def test_a_worker_that_is_killed_comes_back(tmp_path: Path) -> None:
     files, admin = Files(tmp_path), free_port()
     alice = files.client()
     with App() as app, guarding(tmp_path, config(admin, app.address), top="workers = 2\n") as guard:
-        eventually(lambda: len(pids(admin)) == 2)
+        until(lambda: len(pids(admin)) == 2, "two workers")
         first = pids(admin)
         cut: list[OSError] = []
 
@@ -92,7 +94,7 @@ def test_a_worker_that_is_killed_comes_back(tmp_path: Path) -> None:
             died = guard.next("worker_died")
             assert (died["worker"], died["pid"], died["reason"]) == (0, first[0], "guard.worker_died")
             load.goes_on(20)
-            eventually(lambda: pids(admin).get(0, first[0]) != first[0])
+            until(lambda: pids(admin).get(0, first[0]) != first[0], "another worker")
             load.goes_on(20)
         assert load.failures == []
         assert len(cut) <= 3
@@ -111,13 +113,13 @@ def test_a_worker_that_comes_back_has_the_settings_of_today(tmp_path: Path) -> N
             for number, pid in pids(admin).items():
                 os.kill(pid, signal.SIGKILL)
                 guard.next("worker_died", pid=pid)
-                eventually(lambda number=number, pid=pid: pids(admin).get(number, pid) != pid)  # type: ignore[misc]  # bound to this turn's
+                until(lambda number=number, pid=pid: pids(admin).get(number, pid) != pid, "another worker")  # type: ignore[misc]  # bound to this turn's
 
         def answers() -> set[bytes]:
             return {alice.ask(guard.port).body for _ in range(8)}
 
         with guarding(tmp_path, config(admin, first.address), top="workers = 2\n") as guard:
-            eventually(lambda: len(pids(admin)) == 2)
+            until(lambda: len(pids(admin)) == 2, "two workers")
             path.write_text(top + config(admin, second.address))
             for _ in range(2):
                 guard.next("reload", outcome="taken")
@@ -154,8 +156,8 @@ def test_sigterm_drains(tmp_path: Path, workers: int) -> None:
             line.tls.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert slow.asked.wait(WAIT)
             guard.send(signal.SIGTERM)
-            eventually(lambda: refuses(guard.port))
-            eventually(lambda: admin_get(admin, "/readyz")[0] == 503)
+            until(lambda: refuses(guard.port), "a closed door")
+            until(lambda: admin_get(admin, "/readyz")[0] == 503, "503 of /readyz")
             assert b"draining" in admin_get(admin, "/readyz")[1]
             drain = json.loads(admin_get(admin, "/status")[1])["draining"]
             assert 0 < drain["seconds_left"] <= 30
@@ -230,7 +232,7 @@ def test_a_hand_over_refuses_nobody(tmp_path: Path, workers: int) -> None:
                     assert pid != guard.pid
                     assert line.answer().status == 200
                     assert alice.ask(guard.port).body == b"after"
-                    eventually(lambda: len(pids(admin)) == 3)
+                    until(lambda: len(pids(admin)) == 3, "three workers")
                     assert len(guard.events("ready")) == 2
                     load.__exit__()
         assert load.failures == []

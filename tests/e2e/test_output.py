@@ -19,7 +19,7 @@ from tests.support.apps import App
 from tests.support.programs import HANDFAST, Child, environment, run
 
 VERBS = [("--help",), ("version",), ("version", "--json"), ("list", "--state", "state"), ("inspect", "state/root.crt")]
-QUICK = 20.0  # seconds
+QUICK = 60.0  # seconds
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ from tests.guard.conftest import Ask
 from tests.support.apps import App, client_context, get, talk
 from tests.support.certs import CLIENT, DAY, SERVER, Ca, Leaf, general
 from tests.support.guards import Running
+from tests.support.waiting import PATIENCE
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 
@@ -180,7 +181,7 @@ def test_plain_http_is_answered_and_goes_nowhere(ca: Ca) -> None:
     """Plain HTTP on the TLS port gets a 400 in plain words, and the app nothing."""
     with App() as app, Running(ca, app.address) as guard:
         host, _, port = guard.address.rpartition(":")
-        with socket.create_connection((host, int(port)), timeout=5) as plain:
+        with socket.create_connection((host, int(port)), timeout=PATIENCE) as plain:
             plain.sendall(get())
             assert plain.recv(4096).startswith(b"HTTP/1.1 400 ")
         assert guard.events.next("connection")["reason"] == "tls.plain_http"
@@ -192,7 +193,7 @@ def test_bytes_before_the_handshake_are_never_served(ca: Ca) -> None:
     with App() as app, Running(ca, app.address) as guard:
         host, _, port = guard.address.rpartition(":")
         for _ in range(200):
-            with socket.create_connection((host, int(port)), timeout=5) as plain:
+            with socket.create_connection((host, int(port)), timeout=PATIENCE) as plain:
                 plain.sendall(get())
         guard.call(lambda: None)
         assert app.connections == 0
@@ -202,7 +203,7 @@ def test_garbage_is_refused(ca: Ca) -> None:
     """What is neither TLS nor HTTP is closed, with its reason in the log."""
     with App() as app, Running(ca, app.address) as guard:
         host, _, port = guard.address.rpartition(":")
-        with socket.create_connection((host, int(port)), timeout=5) as plain:
+        with socket.create_connection((host, int(port)), timeout=PATIENCE) as plain:
             plain.sendall(b"\x00\x01\x02\x03")
             assert plain.recv(4096) == b""
         assert guard.events.next("connection")["reason"] == "tls.not_tls"
@@ -231,7 +232,7 @@ def test_no_session_can_be_resumed(ca: Ca, tmp_path: Path, tls12: bool) -> None:
         session = None
         for _ in range(2):
             with (
-                socket.create_connection((host, int(port)), timeout=5) as plain,
+                socket.create_connection((host, int(port)), timeout=PATIENCE) as plain,
                 context.wrap_socket(plain, server_hostname="localhost", session=session) as tls,
             ):
                 tls.sendall(get())
@@ -250,7 +251,7 @@ def test_post_quantum_key_exchange_comes_first(ca: Ca) -> None:
             if groups is not None:
                 SSL._lib.SSL_CTX_set1_curves_list(context._context, groups)  # type: ignore[attr-defined]  # no public call
             host, _, port = guard.address.rpartition(":")
-            with socket.create_connection((host, int(port)), timeout=5) as plain:
+            with socket.create_connection((host, int(port)), timeout=PATIENCE) as plain:
                 tls = SSL.Connection(context, plain)
                 plain.setblocking(True)
                 tls.set_connect_state()

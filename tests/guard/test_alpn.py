@@ -22,7 +22,7 @@ def _agree(guard: Running, folder: Path, named: list[str], *, tls13: bool = True
         context.set_alpn_protocols(named)
     host, _, port = guard.address.rpartition(":")
     with (
-        socket.create_connection((host, int(port)), timeout=10) as plain,
+        socket.create_connection((host, int(port)), timeout=30) as plain,
         context.wrap_socket(plain, server_hostname="localhost") as tls,
     ):
         return tls.selected_alpn_protocol()

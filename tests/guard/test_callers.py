@@ -22,7 +22,7 @@ def _ask(guard: Running, leaf: Leaf, folder: Path, name: str = "localhost", *, p
     """The answer to the same request as ever, on a connection of its own that is left open until it came."""
     context = client_context(guard.ca.save(folder, "ca"), leaf, folder)
     host, _, port = guard.address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=10) as plain:
+    with socket.create_connection((host, int(port)), timeout=30) as plain:
         plain.sendall(preamble)
         with context.wrap_socket(plain, server_hostname=name) as tls:
             tls.sendall(get("/a", close=False))

@@ -24,7 +24,6 @@ from handfast.guard.schema import (
     AssertionConfig,
     Balance,
     Config,
-    HeaderStyle,
     HealthConfig,
     LimitsConfig,
     ListenerConfig,
@@ -39,6 +38,7 @@ from handfast.guard.schema import (
 )
 from handfast.guard.settings import MAX_PROBLEMS, parse_duration, render_duration
 from handfast.tls.server import ClientAuth
+from handfast.wire.forwarding import HeaderStyle
 
 HERE = Path("/etc/handfast")
 HOWTO = Path(__file__).parent.parent.parent / "docs" / "howto" / "configure-the-guard.md"

@@ -86,7 +86,7 @@ class Service:
     def _hang(self, _request: bytes, context: Any) -> bytes:
         context.add_callback(self.cancelled.set)
         self.hanging.release()
-        self.cancelled.wait(10)
+        self.cancelled.wait(60)
         return b""
 
 
@@ -117,13 +117,13 @@ def test_all_four_kinds_of_calls(ca: Ca, channel: Open) -> None:
     """Unary, and streams either way and both: messages, trailers and status arrive."""
     with Service() as service, Running(ca, service.address) as guard:
         calls = channel(guard)
-        answer, call = calls.unary_unary("/t.T/Unary").with_call(b"abc", timeout=10)
+        answer, call = calls.unary_unary("/t.T/Unary").with_call(b"abc", timeout=30)
         assert (answer, call.code()) == (b"cba", grpc.StatusCode.OK)
         assert ("x-trailer", "yes") in [tuple(one) for one in call.trailing_metadata()]
-        assert len(list(calls.unary_stream("/t.T/Down")(b"50", timeout=10))) == 50
-        assert calls.stream_unary("/t.T/Up")(iter([b"x" * 50_000] * 40), timeout=20) == b"2000000"
+        assert len(list(calls.unary_stream("/t.T/Down")(b"50", timeout=30))) == 50
+        assert calls.stream_unary("/t.T/Up")(iter([b"x" * 50_000] * 40), timeout=60) == b"2000000"
         with pytest.raises(grpc.RpcError) as failed:
-            calls.unary_unary("/t.T/Fail")(b"", timeout=10)
+            calls.unary_unary("/t.T/Fail")(b"", timeout=30)
         assert (failed.value.code(), failed.value.details()) == (grpc.StatusCode.FAILED_PRECONDITION, "not now")
         event = guard.events.next("request")
         assert (event["status"], event["method"], event["path"]) == (200, "POST", "/t.T/Unary")
@@ -137,7 +137,7 @@ def test_a_conversation_goes_back_and_forth(ca: Ca, channel: Open) -> None:
 
         def ask() -> Iterator[bytes]:
             for number in range(20):
-                assert heard.acquire(timeout=10)
+                assert heard.acquire(timeout=30)
                 yield b"a%d" % number
 
         for answer in channel(guard).stream_stream("/t.T/Both")(ask(), timeout=30):
@@ -150,7 +150,7 @@ def test_large_messages_go_both_ways(ca: Ca, channel: Open) -> None:
     """Twelve MiB there and back, through windows far smaller."""
     message = os.urandom(12 << 20)
     with Service() as service, Running(ca, service.address) as guard:
-        assert channel(guard).unary_unary("/t.T/Unary")(message, timeout=30) == message[::-1]
+        assert channel(guard).unary_unary("/t.T/Unary")(message, timeout=60) == message[::-1]
 
 
 def test_the_app_knows_who_calls(ca: Ca, channel: Open) -> None:
@@ -163,7 +163,7 @@ def test_the_app_knows_who_calls(ca: Ca, channel: Open) -> None:
         for number in range(100):
             for ask, name in zip(asks, names, strict=True):
                 more = [*spoofed, ("x-name", name), ("x-number", str(number))]
-                pending.append(ask.future(b"abc", metadata=more, timeout=20))
+                pending.append(ask.future(b"abc", metadata=more, timeout=60))
         assert all(one.result() == b"cba" for one in pending)
         assert len(service.seen) == 200
         for seen in service.seen:
@@ -175,17 +175,24 @@ def test_deadlines_and_cancellations_reach_the_server(ca: Ca, channel: Open) -> 
     """A call that its client gave up is given up by the server too; the channel serves on."""
     with Service() as service, Running(ca, service.address) as guard:
         calls = channel(guard)
-        with pytest.raises(grpc.RpcError) as late:
-            calls.unary_unary("/t.T/Hang")(b"", timeout=0.3)
-        assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert service.cancelled.wait(10)
-        assert service.hanging.acquire(timeout=10)
+        assert calls.unary_unary("/t.T/Unary")(b"abc", timeout=60) == b"cba"  # the channel is open from here on
+        for seconds in (0.3, 1, 3, 9):  # on a slow machine the call may be over before it is there
+            with pytest.raises(grpc.RpcError) as late:
+                calls.unary_unary("/t.T/Hang")(b"", timeout=seconds)
+            assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            if service.hanging.acquire(timeout=1):
+                break
+        else:
+            raise AssertionError("the call never came")
+        assert service.cancelled.wait(30)
+        while service.hanging.acquire(timeout=0.1):  # those that came late
+            pass
         service.cancelled.clear()
         call = calls.unary_unary("/t.T/Hang").future(b"")
-        assert service.hanging.acquire(timeout=10)
+        assert service.hanging.acquire(timeout=30)
         call.cancel()
-        assert service.cancelled.wait(10)
-        assert calls.unary_unary("/t.T/Unary")(b"abc", timeout=10) == b"cba"
+        assert service.cancelled.wait(30)
+        assert calls.unary_unary("/t.T/Unary")(b"abc", timeout=60) == b"cba"
 
 
 def test_refusals_have_their_status_in_grpc(ca: Ca, channel: Open) -> None:
@@ -193,12 +200,12 @@ def test_refusals_have_their_status_in_grpc(ca: Ca, channel: Open) -> None:
     policy = parse_policy(["allow any /t.T/Unary"])
     with Service() as service, Running(ca, service.address, policy) as guard:
         calls = channel(guard)
-        assert calls.unary_unary("/t.T/Unary")(b"abc", timeout=10) == b"cba"
+        assert calls.unary_unary("/t.T/Unary")(b"abc", timeout=60) == b"cba"
         with pytest.raises(grpc.RpcError) as denied:
-            calls.unary_unary("/t.T/Fail")(b"", timeout=10)
+            calls.unary_unary("/t.T/Fail")(b"", timeout=30)
         assert denied.value.code() is grpc.StatusCode.PERMISSION_DENIED
     with Running(ca, "h2c://127.0.0.1:1") as guard, pytest.raises(grpc.RpcError) as gone:
-        channel(guard).unary_unary("/t.T/Unary")(b"", timeout=10)
+        channel(guard).unary_unary("/t.T/Unary")(b"", timeout=30)
     assert gone.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
@@ -206,7 +213,7 @@ def test_a_stranger_gets_nowhere(ca: Ca, channel: Open) -> None:
     """A client of another authority makes no call: it is told, and the server hears nothing."""
     with Service() as service, Running(ca, service.address) as guard:
         with pytest.raises(grpc.RpcError) as refused:
-            channel(guard, Ca.root("Other").client()).unary_unary("/t.T/Unary")(b"", timeout=10)
+            channel(guard, Ca.root("Other").client()).unary_unary("/t.T/Unary")(b"", timeout=30)
         assert refused.value.code() in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
         assert not service.seen
 
@@ -216,15 +223,15 @@ def test_a_server_that_renews_its_connections_loses_no_call(ca: Ca, channel: Ope
     options = [("grpc.max_connection_age_ms", 300), ("grpc.max_connection_age_grace_ms", 5000)]
     with Service(options) as service, Running(ca, service.address) as guard:
         ask = channel(guard).unary_unary("/t.T/Unary")
-        until, count, codes = time.monotonic() + 2, 0, set()
-        while time.monotonic() < until:
+        enough, end, count, codes = time.monotonic() + 2, time.monotonic() + 60, 0, set()
+        while time.monotonic() < enough or count <= 20:
+            assert time.monotonic() < end, f"{count} calls in a minute"
             try:
-                assert ask(b"abc", timeout=10) == b"cba"
+                assert ask(b"abc", timeout=60) == b"cba"
             except grpc.RpcError as error:  # begun as the GOAWAY was on its way: said to be safe to ask again
                 codes.add(error.code())
             count += 1
         assert codes <= {grpc.StatusCode.UNAVAILABLE}
-        assert count > 20
 
 
 # Apps that speak HTTP/2 frame by frame.
@@ -439,7 +446,7 @@ def test_a_quiet_grpc_stream_may_rest_and_another_may_not(ca: Ca, enter: Enter) 
         if isinstance(event, events.RequestReceived):
             app.send_headers(event.stream_id, OK if _path(event) == "/grpc" else OK[:1])
 
-    limits = Limits(idle=1)
+    limits = Limits(idle=2)
     with Http2App(on) as app, Running(ca, app.address, limits=limits) as guard, enter(guard) as client:
         quiet = client.send(client.head("/grpc"))
         other = client.send(client.head("/other"))

@@ -8,8 +8,6 @@ import json
 import re
 import socket
 import ssl
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,22 +16,23 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from handfast.guard.connection import Limits
 from handfast.policy import parse_policy
 from tests.guard.conftest import Ask
-from tests.support.apps import HELLO, App, client_context, echo_head, get, talk
+from tests.support.apps import HELLO, App, client_context, echo_head, get, refusing, talk
 from tests.support.certs import Ca
 from tests.support.guards import Running
+from tests.support.waiting import PATIENCE, until
 
 
 def _open(guard: Running, ca: Ca, folder: Path) -> ssl.SSLSocket:
     host, _, port = guard.address.rpartition(":")
-    plain = socket.create_connection((host, int(port)), timeout=5)
+    plain = socket.create_connection((host, int(port)), timeout=PATIENCE)
     context = client_context(ca.save(folder, "ca"), ca.client(), folder)
     # An end without close_notify is an error here: it is how a client sees that an answer was cut short.
     return context.wrap_socket(plain, server_hostname="localhost", suppress_ragged_eofs=False)
 
 
-def _read(tls: ssl.SSLSocket, until: bytes) -> bytes:
+def _read(tls: ssl.SSLSocket, end: bytes) -> bytes:
     answer = b""
-    while not answer.endswith(until):
+    while not answer.endswith(end):
         piece = tls.recv(1 << 16)
         if not piece:
             break
@@ -190,11 +189,9 @@ def test_a_slow_reader_holds_the_app_back(ca: Ca, tmp_path: Path) -> None:
 
     with App(answer) as app, Running(ca, app.address) as guard, _open(guard, ca, tmp_path) as tls:
         tls.sendall(get())
-        event = None
-        while not progress or progress[-1] != -1:
-            assert sum(progress) < 64 << 20, "the guard swallows it"
-            event = tls  # reading nothing
-        assert event is tls
+        until(lambda: progress[-1:] == [-1] or sum(progress) >= 64 << 20, "an app that is held back")
+        assert sum(progress) < 64 << 20, "the guard swallows it"
+        assert tls.fileno() >= 0  # open, and nothing was read from it
 
 
 def test_requests_follow_one_another_on_one_connection(ca: Ca, tmp_path: Path) -> None:
@@ -291,13 +288,11 @@ def test_a_websocket_is_a_tunnel_after_101(ca: Ca, tmp_path: Path) -> None:
 
 def test_an_app_that_is_down_is_502(ca: Ca, ask: Ask) -> None:
     """A refused connection to the app is 502, with a log line that names the app."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with Running(ca, f"127.0.0.1:{port}") as guard:
+    with refusing() as address, Running(ca, address) as guard:
         answer = ask(guard, ca.client())
         assert answer.startswith(b"HTTP/1.1 502 ")
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"] == "upstream.down"
-        assert str(port) in guard.events.next("request")["detail"]
+        assert address.rpartition(":")[2] in guard.events.next("request")["detail"]
 
 
 def test_an_app_that_is_slow_is_504(ca: Ca, ask: Ask) -> None:
@@ -362,24 +357,18 @@ def test_a_slow_head_is_cut_off(ca: Ca, tmp_path: Path) -> None:
         assert _read(tls, b"}\n").startswith(b"HTTP/1.1 408 ")
 
 
-def _until(happens: Callable[[], bool]) -> None:
-    """Wait until something happens on another thread; the test's own time limit ends it."""
-    while not happens():
-        time.sleep(0.001)
-
-
 def test_a_log_that_fails_stops_forwarding(ca: Ca, ask: Ask) -> None:
     """While the log cannot be written nothing is forwarded; when it can again, requests go on."""
     with App() as app, Running(ca, app.address) as guard:
         guard.events.fail = True
         ask(guard, None)
-        _until(lambda: guard.guard.log.broken)
+        until(lambda: guard.guard.log.broken, "a broken log")
         seen = app.connections
         assert ask(guard, ca.client()).startswith(b"HTTP/1.1 503 ")
         assert app.connections == seen
         guard.events.fail = False
         ask(guard, None)
-        _until(lambda: not guard.guard.log.broken)
+        until(lambda: not guard.guard.log.broken, "a log that works again")
         assert ask(guard, ca.client()).startswith(b"HTTP/1.1 200 ")
 
 

@@ -24,6 +24,7 @@ from tests.support.apps import HELLO, App, client_context, echo_head, get, talk
 from tests.support.certs import Ca, Leaf
 from tests.support.guards import Running
 from tests.support.http2 import Answer, Client
+from tests.support.waiting import PATIENCE, until
 
 Enter = Callable[..., Client]
 
@@ -43,14 +44,7 @@ def _curl(guard: Running, ca: Ca, leaf: Leaf, folder: Path, *more: str) -> str:
     cert, key = leaf.save(folder, "curl")
     command = ["curl", "-sSi", "--cacert", str(ca.save(folder, "ca")), "--cert", str(cert), "--key", str(key), *more]
     command.append(f"https://localhost:{guard.address.rpartition(':')[2]}/")
-    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-
-
-def _until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < deadline, "it did not come in time"
-        time.sleep(0.01)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 # Who speaks what, and who is told what.
@@ -274,7 +268,7 @@ def test_an_answer_that_nobody_reads_waits_at_the_app(ca: Ca, enter: Enter) -> N
         client.flush()
         answer = client.wait(stream)
         assert len(answer.body) == size
-        assert sent.is_set()
+        assert sent.wait(PATIENCE)
 
 
 def test_a_request_that_the_app_does_not_read_waits_at_the_client(ca: Ca, enter: Enter) -> None:
@@ -285,7 +279,7 @@ def test_a_request_that_the_app_does_not_read_waits_at_the_client(ca: Ca, enter:
         if b"/small" in request:
             connection.sendall(HELLO)
             return
-        go.wait(10)
+        go.wait(2 * PATIENCE)
         _upload(connection, request)
 
     body = b"x" * (16 << 20)
@@ -294,7 +288,7 @@ def test_a_request_that_the_app_does_not_read_waits_at_the_client(ca: Ca, enter:
         client.tls.settimeout(1)
         sent = _fill(client, stream, body)
         assert sent < len(body)
-        client.tls.settimeout(10)
+        client.tls.settimeout(PATIENCE)
         assert client.get("/small").status == 200
         go.set()
         client.body(stream, body[sent:], last=True)
@@ -389,7 +383,7 @@ def test_faults_of_the_app_are_told(ca: Ca, enter: Enter) -> None:
         if b"/odd" in request:
             connection.sendall(b"SMTP ready\r\n\r\n")
 
-    with App(odd) as app, Running(ca, app.address, limits=Limits(response=1)) as guard, enter(guard) as client:
+    with App(odd) as app, Running(ca, app.address, limits=Limits(response=2)) as guard, enter(guard) as client:
         assert client.get("/odd").status == 502
         assert client.get("/never").status == 504
         assert json.loads(client.get("/never").body)["error"] == "upstream.timeout"
@@ -509,7 +503,7 @@ def test_a_new_policy_ends_what_it_forbids(ca: Ca, enter: Enter) -> None:
 
 def test_idle_connections_close_with_goaway(ca: Ca, enter: Enter) -> None:
     """Without a request for the idle limit a connection ends, politely; pings buy no time."""
-    with App() as app, Running(ca, app.address, limits=Limits(idle=1)) as guard, enter(guard) as client:
+    with App() as app, Running(ca, app.address, limits=Limits(idle=2)) as guard, enter(guard) as client:
         assert client.get().status == 200
         began = time.monotonic()
         client.h2.ping(b"12345678")
@@ -517,7 +511,7 @@ def test_idle_connections_close_with_goaway(ca: Ca, enter: Enter) -> None:
         client.until(lambda: client.closed)
         assert client.pongs == 1
         assert client.goaway == (ErrorCodes.NO_ERROR, 1)
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 15
 
 
 def test_a_drain_lets_streams_finish(ca: Ca, enter: Enter) -> None:
@@ -525,12 +519,12 @@ def test_a_drain_lets_streams_finish(ca: Ca, enter: Enter) -> None:
     go = threading.Event()
 
     def slow(connection: socket.socket, _request: bytes) -> None:
-        go.wait(10)
+        go.wait(PATIENCE)
         connection.sendall(HELLO)
 
-    with App(slow) as app, Running(ca, app.address, drain=10) as guard, enter(guard) as client:
+    with App(slow) as app, Running(ca, app.address, drain=20) as guard, enter(guard) as client:
         stream = client.send(client.head())
-        _until(lambda: app.connections == 1)
+        until(lambda: app.connections == 1, "the request at the app")
         guard.call(next(iter(guard.guard.connections)).drain)
         late = client.send(client.head("/late"))
         client.until(lambda: client.goaway is not None or client.closed)

@@ -222,7 +222,7 @@ def test_floods_within_a_header_block(ca: Ca, enter: Enter) -> None:
 @pytest.mark.parametrize("window", [0, 10])
 def test_a_window_that_stays_shut(ca: Ca, enter: Enter, window: int) -> None:
     """A client that asks and takes nothing loses the stream after the idle limit; one that opens in time gets all."""
-    with App() as app, Running(ca, app.address, limits=Limits(idle=1)) as guard:
+    with App() as app, Running(ca, app.address, limits=Limits(idle=2)) as guard:
         with enter(guard, greedy=False, initial_window_size=window) as client:
             answer = client.get()
             assert (answer.status, answer.reset) == (200, ErrorCodes.CANCEL)
@@ -335,7 +335,7 @@ def test_a_refusal_waits_for_the_window_too(ca: Ca, enter: Enter) -> None:
 @pytest.mark.parametrize("sent", [b"PRI * HTTP/2.0\r\n", _frame(HEADERS, END_STREAM, 1, b"\x82" * 50)[:20]])
 def test_slow_heads_are_cut_off(ca: Ca, enter: Enter, sent: bytes) -> None:
     """A head, or the first words, byte by byte: there is one limit for all of it."""
-    with App() as app, Running(ca, app.address, limits=Limits(head=1)) as guard:
+    with App() as app, Running(ca, app.address, limits=Limits(head=2)) as guard:
         with enter(guard) as client:
             assert client.get().status == 200
             began = time.monotonic()
@@ -344,7 +344,7 @@ def test_slow_heads_are_cut_off(ca: Ca, enter: Enter, sent: bytes) -> None:
                 client.raw(part[at : at + 1])
                 time.sleep(0.05)
             client.until(lambda: client.closed)
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 15
         assert guard.events.next("ended")["reason"] == "http.timeout"
 
 
@@ -354,7 +354,7 @@ def test_what_is_no_http_2_ends_the_connection(ca: Ca, tmp_path: Path) -> None:
         context = client_context(ca.save(tmp_path, "ca"), ca.client(), tmp_path)
         context.set_alpn_protocols(["h2"])
         host, _, port = guard.address.rpartition(":")
-        plain = socket.create_connection((host, int(port)), timeout=5)
+        plain = socket.create_connection((host, int(port)), timeout=30)
         with plain, context.wrap_socket(plain, server_hostname="localhost") as tls:
             tls.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             while tls.recv(1 << 16):
@@ -368,7 +368,7 @@ def test_too_many_streams_are_refused_one_by_one(ca: Ca, enter: Enter) -> None:
     go = threading.Event()
 
     def slow(connection: socket.socket, _request: bytes) -> None:
-        go.wait(20)
+        go.wait(60)
         connection.sendall(HELLO)
 
     with App(slow) as app, Running(ca, app.address) as guard, enter(guard) as client:
@@ -391,7 +391,7 @@ def test_bodies_have_a_limit(ca: Ca, enter: Enter) -> None:
 
 def test_a_request_that_does_not_end_is_408(ca: Ca, enter: Enter) -> None:
     """A body that stops half-way has the limit of an answer."""
-    with App(_silent) as app, Running(ca, app.address, limits=Limits(response=1)) as guard, enter(guard) as client:
+    with App(_silent) as app, Running(ca, app.address, limits=Limits(response=2)) as guard, enter(guard) as client:
         stream = client.send(client.head(method="POST"), None)
         client.body(stream, b"half")
         assert client.wait(stream).status == 408

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import timeit
 from functools import partial
 
@@ -249,4 +250,4 @@ def test_quantiles_at_the_ends() -> None:
 def test_what_counting_costs() -> None:
     """A request is counted in a few microseconds at the very most."""
     count = partial(Metrics().request, "main", "allow", "policy.rule_matched", 200, 0.0012)
-    assert min(timeit.repeat(count, number=10_000, repeat=20)) / 10_000 < 3e-6
+    assert min(timeit.repeat(count, timer=time.thread_time, number=10_000, repeat=20)) / 10_000 < 3e-6

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -36,15 +36,16 @@ from handfast.guard.routes import Sites, Snapshot
 from handfast.guard.schema import Ocsp
 from handfast.pki.verification import Purpose, Terms, TrustBundle, VerifiedPeer, verify
 from tests.guard.conftest import Ask
-from tests.support.apps import HELLO, App, client_context, get
+from tests.support.apps import HELLO, App, accepted, client_context, get, stop_accepting
 from tests.support.certs import Ca, Leaf
 from tests.support.guards import Running
 from tests.support.programs import HANDFAST, Child, curl
+from tests.support.waiting import PATIENCE as WAIT
+from tests.support.waiting import until
 
 LOOPBACK = frozenset({"127.0.0.1"})
 BOTH = (Ocsp.REQUIRE, Ocsp.ALLOW_UNREACHABLE)
 HOUR, SECOND = timedelta(hours=1), timedelta(seconds=1)
-WAIT = 10.0
 
 Body = Callable[[bytes], bytes]
 Value = TypeVar("Value")
@@ -75,35 +76,36 @@ class Script:
         self.port = self._listener.getsockname()[1]
         self._lock = threading.Lock()
         self.go.set()
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
+        self._acceptor.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.go.set()
-        self._listener.close()
+        stop_accepting(self._listener, self._acceptor)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/ocsp"
 
     def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
+        while (connection := accepted(self._listener)) is not None:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection:
+        with connection, contextlib.suppress(OSError):  # who asked may be gone
             connection.settimeout(WAIT)
             data = b""
             while b"\r\n\r\n" not in data:
-                data += connection.recv(1 << 16)
+                if not (piece := connection.recv(1 << 16)):
+                    return
+                data += piece
             head, _, body = data.partition(b"\r\n\r\n")
             length = next(int(line[16:]) for line in head.split(b"\r\n") if line.startswith(b"Content-Length: "))
             while len(body) < length:
-                body += connection.recv(1 << 16)
+                if not (piece := connection.recv(1 << 16)):
+                    return
+                body += piece
             with self._lock:
                 self.questions.append(body)
                 self.heads.append(head)
@@ -112,10 +114,7 @@ class Script:
             self.go.wait(WAIT)
             with self._lock:
                 self.open -= 1
-            try:
-                connection.sendall(self.answer(body))
-            except OSError:
-                return
+            connection.sendall(self.answer(body))
 
 
 @dataclass
@@ -325,7 +324,7 @@ def test_a_responder_that_says_nothing(ca: Ca, policy: Ocsp) -> None:
         peers = [peer(ca, client(ca, script.url)) for _ in range(count)]
 
         async def ask() -> list[Verdict]:
-            async with asyncio.timeout(8):
+            async with asyncio.timeout(15):
                 return await asyncio.gather(*(checker.check(one, now()) for one in peers))
 
         for verdict in asyncio.run(ask()):
@@ -598,7 +597,7 @@ def test_what_a_client_sends_meanwhile_waits(ca: Ca, tmp_path: Path) -> None:
             context.wrap_socket(plain, server_hostname="localhost") as tls,
         ):
             tls.sendall(get())
-            until(lambda: script.questions)
+            until(lambda: script.questions, "a question")
             assert app.connections == 0
             script.go.set()
             pieces = b"".join(iter(lambda: tls.recv(1 << 16), b""))
@@ -617,10 +616,10 @@ def test_a_client_that_leaves_while_it_waits(ca: Ca, ask: Ask, tmp_path: Path) -
             socket.create_connection((host, int(port)), timeout=WAIT) as plain,
             context.wrap_socket(plain, server_hostname="localhost"),
         ):
-            until(lambda: script.questions)
+            until(lambda: script.questions, "a question")
         script.go.set()
         assert ask(guard, leaf).endswith(b"Hello World\n")
-        until(lambda: not guard.guard.connections)
+        until(lambda: not guard.guard.connections, "the end of all")
         assert (app.connections, len(script.questions)) == (1, 1)
 
 
@@ -634,7 +633,7 @@ def test_a_guard_that_stops_lets_nobody_in_any_more(ca: Ca, tmp_path: Path) -> N
             host, _, port = guard.address.rpartition(":")
             plain = socket.create_connection((host, int(port)), timeout=WAIT)
             tls = context.wrap_socket(plain, server_hostname="localhost")
-            until(lambda: script.questions)
+            until(lambda: script.questions, "a question")
             guard.call(lambda: setattr(guard.guard, "draining", True))
             script.go.set()
             with tls:
@@ -697,7 +696,7 @@ def test_an_open_connection_is_asked_about_anew(ca: Ca, tmp_path: Path, case: st
             }
             script.answer = answers[case]
             before = len(script.questions)
-            until(lambda: len(script.questions) > before)
+            until(lambda: len(script.questions) > before, "another question")
             if case == "good":
                 tls.sendall(get())
                 assert tls.recv(1 << 16).endswith(b"Hello World\n")
@@ -765,11 +764,3 @@ def is_cut_off(tls: ssl.SSLSocket) -> bool:
         return tls.recv(1) == b""
     except (ConnectionResetError, ssl.SSLEOFError):
         return True
-
-
-def until(true: Callable[[], Any]) -> None:
-    """Wait for something, within a deadline."""
-    deadline = time.monotonic() + WAIT
-    while not true():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)

@@ -27,6 +27,7 @@ def _clients() -> int:
     return min(CLIENTS, hard - 300)
 
 
+@pytest.mark.timeout(400)
 def test_twenty_thousand_slow_clients(ca: Ca, tmp_path: Path) -> None:
     """With 20,000 connections open that send half a handshake or nothing, a good client is served at once."""
     clients = _clients()
@@ -56,7 +57,7 @@ def test_twenty_thousand_slow_clients(ca: Ca, tmp_path: Path) -> None:
                 host, _, port = address.rpartition(":")
                 for number in range(clients):
                     source = (SOURCES[number % len(SOURCES)], 0)
-                    slow.append(socket.create_connection((host, int(port)), timeout=20, source_address=source))
+                    slow.append(socket.create_connection((host, int(port)), timeout=60, source_address=source))
                     if number % 2:
                         slow[-1].sendall(b"\x16\x03\x01\x02\x00\x01")
                 context = client_context(bundle, ca.client(), tmp_path)
@@ -69,4 +70,4 @@ def test_twenty_thousand_slow_clients(ca: Ca, tmp_path: Path) -> None:
                 for each in slow:
                     each.close()
                 guard.terminate()
-                guard.communicate(timeout=30)
+                guard.communicate(timeout=60)

@@ -57,7 +57,7 @@ def started(plugs: list[socket.socket], names: str | None, count: str | None = N
         pass_fds=[plug.fileno() for plug in plugs],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
     assert done.stderr == ""
@@ -148,7 +148,7 @@ def test_the_socket_activation_of_systemd(tmp_path: Path) -> None:
     words = ("systemd-socket-activate", "-l", f"127.0.0.1:{port}", "--fdname=main", sys.executable, "-c", PROGRAM)
     with Child((*words, "serve"), tmp_path) as activator:
         activator.line("Listening on")
-        with socket.create_connection(("127.0.0.1", port), 10) as client:
+        with socket.create_connection(("127.0.0.1", port), 60) as client:
             assert client.recv(100) == b"hello"
         said = json.loads(activator.line(r'^\{"names"'))
     assert said["names"] == {"main": [f"('127.0.0.1', {port})"]}
@@ -160,7 +160,7 @@ def test_states_are_told(abstract: bool, tmp_path: Path, monkeypatch: pytest.Mon
     address = f"\0handfast-{os.getpid()}" if abstract else str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(address)
-        systemd.settimeout(5)
+        systemd.settimeout(30)
         monkeypatch.setenv("NOTIFY_SOCKET", address.replace("\0", "@"))
         assert notify(READY=1, STATUS="serving 2\nMAINPID=1\r\nSTOPPING=1")
         assert systemd.recv(1000) == b"READY=1\nSTATUS=serving 2 MAINPID=1 STOPPING=1"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
-import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,11 +20,14 @@ from tests.guard.conftest import Ask
 from tests.support.apps import App, client_context, get
 from tests.support.certs import Ca, Leaf
 from tests.support.guards import Running
+from tests.support.waiting import PATIENCE, Stopwatch, until
+
+SOON = timedelta(seconds=4)  # of which up to one is lost to the whole second
 
 
 def _open(guard: Running, ca: Ca, leaf: Leaf, folder: Path) -> ssl.SSLSocket:
     host, _, port = guard.address.rpartition(":")
-    plain = socket.create_connection((host, int(port)), timeout=10)
+    plain = socket.create_connection((host, int(port)), timeout=PATIENCE)
     return client_context(ca.save(folder, "ca"), leaf, folder).wrap_socket(plain, server_hostname="localhost")
 
 
@@ -35,11 +37,10 @@ def _served(tls: ssl.SSLSocket) -> bool:
 
 
 def _ended(tls: ssl.SSLSocket) -> float:
-    """Seconds until the far side ends the connection; 10 at most."""
-    began = time.monotonic()
-    with contextlib.suppress(ConnectionError):
+    """Seconds until the far side ends the connection, of a machine that goes on."""
+    with Stopwatch() as watch, contextlib.suppress(ConnectionError):
         assert tls.recv(1) == b""
-    return time.monotonic() - began
+    return watch.seconds
 
 
 def _revoked(leaf: Leaf) -> Revocations:
@@ -49,11 +50,11 @@ def _revoked(leaf: Leaf) -> Revocations:
 @pytest.mark.parametrize("tcp", [False, True])
 def test_an_expiry_ends_a_live_connection(ca: Ca, tmp_path: Path, tcp: bool) -> None:
     """When its certificate ends, a connection does too, in the midst of whatever it does."""
-    leaf = ca.client(not_after=datetime.now(UTC) + timedelta(seconds=2))
     with App() as app, Running(ca, f"tcp://{app.address}" if tcp else app.address) as guard:
+        leaf = ca.client(not_after=datetime.now(UTC) + SOON)
         with _open(guard, ca, leaf, tmp_path) as tls:
             assert _served(tls)
-            assert _ended(tls) < 4
+            assert _ended(tls) < SOON.total_seconds() + 2
         assert guard.events.next("ended")["reason"] == "ended.expired"
 
 
@@ -146,10 +147,10 @@ def test_a_bug_ends_its_own_connection_and_no_other(
                 assert _ended(tls) < 2
         guard.guard.refresh = explode
         assert guard.events.next("reload")["reason"] == "bug"
-        leaf = ca.client(not_after=datetime.now(UTC) + timedelta(seconds=2))
+        leaf = ca.client(not_after=datetime.now(UTC) + SOON)
         with _open(guard, ca, leaf, tmp_path) as tls:
             assert _served(tls)
-            assert _ended(tls) < 4
+            assert _ended(tls) < SOON.total_seconds() + 2
 
 
 def test_a_stop_lets_requests_finish(ca: Ca, tmp_path: Path) -> None:
@@ -159,14 +160,13 @@ def test_a_stop_lets_requests_finish(ca: Ca, tmp_path: Path) -> None:
     go = threading.Event()
 
     def answer(connection: socket.socket, _request: bytes) -> None:
-        go.wait(5)
+        go.wait(PATIENCE)
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ndone")
 
-    with App(answer) as app, Running(ca, app.address, drain=5) as guard:
+    with App(answer) as app, Running(ca, app.address, drain=20) as guard:
         tls = _open(guard, ca, ca.client(), tmp_path)
         tls.sendall(get(close=False))
-        while not app.received:
-            pass
+        until(lambda: app.received, "the request at the app")
         guard.loop.call_soon_threadsafe(guard._stop.set)
         go.set()
         answered = b""
@@ -181,11 +181,14 @@ def test_silent_clients_do_not_stop_others(ca: Ca, ask: Ask) -> None:
     """Two thousand connections that say nothing, or half a handshake, leave room for one that speaks."""
     with App() as app, Running(ca, app.address, limits=Limits(handshake=3), drain=1) as guard:
         host, _, port = guard.address.rpartition(":")
-        silent = [socket.create_connection((host, int(port)), timeout=5) for _ in range(2000)]
+        silent = [socket.create_connection((host, int(port)), timeout=PATIENCE) for _ in range(2000)]
         for each in silent[::2]:
             each.sendall(b"\x16\x03\x01\x02\x00")
         assert b" 200 " in ask(guard, ca.client())
-        assert guard.events.next("connection", timeout=10)["decision"] == "accept"
-        assert guard.events.next("connection", timeout=10)["reason"] == "tls.timeout"
+        told: dict[str, str] = {}  # in either order: to make so many connections takes its time
+        while len(told) < 2:
+            event = guard.events.next("connection")
+            told[event["decision"]] = event.get("reason", "")
+        assert told["deny"] == "tls.timeout"
         for each in silent:
             each.close()

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from handfast.policy import parse_policy
-from tests.support.apps import App, client_context
+from tests.support.apps import App, client_context, refusing
 from tests.support.certs import Ca, Leaf
 from tests.support.guards import Running
+from tests.support.waiting import PATIENCE, until
 
 
 class Raw(App):
@@ -29,7 +30,7 @@ class Raw(App):
 
 def _connect(guard: Running, ca: Ca, leaf: Leaf | None, folder: Path) -> ssl.SSLSocket:
     host, _, port = guard.address.rpartition(":")
-    plain = socket.create_connection((host, int(port)), timeout=5)
+    plain = socket.create_connection((host, int(port)), timeout=PATIENCE)
     context = client_context(ca.save(folder, "ca"), leaf, folder)
     return context.wrap_socket(plain, server_hostname="localhost", suppress_ragged_eofs=False)
 
@@ -122,7 +123,7 @@ def test_the_end_of_one_side_leaves_the_other_open(ca: Ca, tmp_path: Path) -> No
         context.use_certificate_chain_file(str(cert))
         context.use_privatekey_file(str(key))
         host, _, port = guard.address.rpartition(":")
-        with socket.create_connection((host, int(port)), timeout=5) as plain:
+        with socket.create_connection((host, int(port)), timeout=PATIENCE) as plain:
             plain.setblocking(True)
             tls = SSL.Connection(context, plain)
             tls.set_connect_state()
@@ -134,14 +135,12 @@ def test_the_end_of_one_side_leaves_the_other_open(ca: Ca, tmp_path: Path) -> No
 
 def test_an_app_that_is_down_is_logged(ca: Ca, tmp_path: Path) -> None:
     """With the app away the client's connection ends, and the log says which app."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with Running(ca, f"tcp://127.0.0.1:{port}") as guard:
+    with refusing() as address, Running(ca, f"tcp://{address}") as guard:
         with _connect(guard, ca, ca.client(), tmp_path) as tls:
             assert tls.recv(1) == b""
         event = guard.events.next("upstream")
         assert event["reason"] == "upstream.down"
-        assert str(port) in event["detail"]
+        assert address.rpartition(":")[2] in event["detail"]
 
 
 def test_a_truncated_stream_is_not_passed_as_a_whole_one(ca: Ca, tmp_path: Path) -> None:
@@ -164,6 +163,5 @@ def test_a_truncated_stream_is_not_passed_as_a_whole_one(ca: Ca, tmp_path: Path)
         guard.events.next("connection")
         socket.socket.close(tls)  # the TCP end alone
         guard.events.next("closed")
-        while not ends:
-            pass
+        until(lambda: ends, "the app's end of it")
     assert ends == ["reset"]

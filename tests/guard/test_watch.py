@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import time
 import timeit
 from pathlib import Path
 
@@ -180,5 +181,5 @@ def test_a_look_is_cheap(tmp_path: Path) -> None:
     (tmp_path / "..data").symlink_to("..1")
     path = tmp_path / "tls.crt"
     path.symlink_to("..data/tls.crt")
-    best = min(timeit.repeat(lambda: look(path), number=500, repeat=20)) / 500
+    best = min(timeit.repeat(lambda: look(path), timer=time.thread_time, number=500, repeat=20)) / 500
     assert best < 20e-6

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from handfast.policy import parse_policy
 from tests.connector.kit import Calling, generation
 from tests.support.certs import Ca
 from tests.support.guards import Running
-from tests.support.programs import program
+from tests.support.programs import free_port, program
 
 
 def _as_postgres() -> list[str]:
@@ -37,8 +36,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
             if above == Path("/tmp"):
                 break
             above.chmod(0o711)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
+    port = free_port()  # one that the kernel gives to nobody meanwhile
     data = folder / "data"
     subprocess.run(
         [*_as_postgres(), str(programs / "initdb"), "-D", str(data), "-A", "trust", "-U", "postgres", "--no-sync"],
@@ -60,7 +58,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 def _ask(port: int, statement: str) -> subprocess.CompletedProcess[str]:
     where = f"host=127.0.0.1 port={port} user=postgres dbname=postgres sslmode=disable connect_timeout=10"
     return subprocess.run(
-        [program("psql"), where, "-X", "-A", "-t", "-c", statement], capture_output=True, text=True, timeout=30
+        [program("psql"), where, "-X", "-A", "-t", "-c", statement], capture_output=True, text=True, timeout=60
     )
 
 
