@@ -16,10 +16,10 @@ from OpenSSL import SSL
 
 from handfast.errors import Failure, InvalidInput, Reason, VerificationFailed
 from handfast.pki.names import Kind, Pattern
-from handfast.pki.verification import Judgement, Terms, VerifiedPeer, verify
+from handfast.pki.verification import Terms, VerifiedPeer, verify
 from handfast.tls.credential import Credential
-from handfast.tls.engine import new_context, step, take, write_whole
-from handfast.tls.judge import Judging, judge_within
+from handfast.tls.engine import new_context, parse, renew_memory, step, take, write_whole
+from handfast.tls.judge import Judge, Judging, judge_within
 from handfast.tls.reasons import handshake_failure
 from handfast.tls.server import Channel, TlsBroken
 
@@ -110,15 +110,17 @@ class ClientContext:
         self.credential = credential
         self.terms = terms
         self.settings = settings
-        self._context = _verifying_context(credential, terms, settings)
+        self._judge = Judge(terms.bundle)
+        self._context = _verifying_context(credential, settings)
 
     def connect(self, clock: Callable[[], datetime]) -> VerifyingHandshake:
         """Begin one handshake. `clock` gives the instant at which the server's chain is judged."""
         return VerifyingHandshake(_connection(self._context, self.settings.server_name), self, clock)
 
-    def judge(self, path: tuple[x509.Certificate, ...], judgement: Judgement, now: datetime) -> VerifiedPeer:
-        """Return who the server is. Raises VerificationFailed."""
-        peer = verify(path, self.terms, now, judgement)
+    def judge(self, ders: tuple[bytes, ...], now: datetime) -> VerifiedPeer:
+        """Return who the chain, in DER, leaf first, proves the server to be. Raises VerificationFailed."""
+        chain = parse(ders)
+        peer = verify(chain, self.terms, now, self._judge(chain))
         expect = self.settings.expect
         if expect is not None and not any(expect.matches(name) for name in peer.names):
             shown = [str(name) for name in peer.names if name.kind is not Kind.SHA256]
@@ -138,7 +140,7 @@ class VerifyingHandshake:
 
     def __init__(self, connection: SSL.Connection, context: ClientContext, clock: Callable[[], datetime]) -> None:
         self._connection = connection
-        self._judging = Judging(connection, lambda path, judgement: context.judge(path, judgement, clock()))
+        self._judging = Judging(connection, lambda path: context.judge(path, clock()))
 
     def feed(self, records: bytes) -> Channel | None:
         """Go on with what the network brought (b'' to begin); None while more is needed.
@@ -157,6 +159,7 @@ class VerifyingHandshake:
             return None
         if judging.peer is None:
             raise VerificationFailed((Failure(Reason.VERIFY_JUDGE, {"detail": "it was not judged"}),))
+        renew_memory(self._connection)
         return Channel(self._connection)
 
     def take(self) -> bytes:
@@ -183,13 +186,13 @@ def server_name_of(host: str) -> str | None:
     return None
 
 
-def _verifying_context(credential: Credential | None, terms: Terms, settings: ClientSettings) -> SSL.Context:
+def _verifying_context(credential: Credential | None, settings: ClientSettings) -> SSL.Context:
     context = new_context(SSL.TLS_CLIENT_METHOD, allow_tls12=settings.allow_tls12)
     if settings.alpn:
         context.set_alpn_protos(list(settings.alpn))
     if credential is not None:
         credential.configure(context)
-    judge_within(context, terms.bundle)
+    judge_within(context)
     return context
 
 

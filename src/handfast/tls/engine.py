@@ -81,6 +81,16 @@ def take_bio(bio: Any) -> bytes:
     return b"".join(pieces)
 
 
+def renew_memory(connection: SSL.Connection) -> None:
+    """Give back what the handshake's flights took: a memory BIO never shrinks, and what follows is mostly small."""
+    into, out = lib.BIO_new(lib.BIO_s_mem()), lib.BIO_new(lib.BIO_s_mem())
+    for old, new in ((connection._into_ssl, into), (connection._from_ssl, out)):
+        if rest := take_bio(old):
+            lib.BIO_write(new, rest, len(rest))
+    lib.SSL_set_bio(connection._ssl, into, out)  # which frees the old ones
+    connection._into_ssl, connection._from_ssl = into, out
+
+
 def presented(connection: SSL.Connection) -> tuple[bytes, ...]:
     """What the client of a finished handshake showed, in DER, leaf first; () for nothing."""
     leaf = lib.SSL_get_peer_certificate(connection._ssl)
@@ -99,9 +109,9 @@ def presented_count(connection: SSL.Connection) -> int:
     return 1 if stack == ffi.NULL else 1 + int(lib.sk_X509_num(stack))
 
 
-def path_of(store_context: Any) -> tuple[x509.Certificate, ...]:
-    """The path of an X509_STORE_CTX, leaf first, as far as OpenSSL could follow it."""
-    return parse(_ders_of(lib.X509_STORE_CTX_get1_chain(store_context), owned=True))
+def path_of(store_context: Any) -> tuple[bytes, ...]:
+    """The path of an X509_STORE_CTX in DER, leaf first, as far as OpenSSL could follow it."""
+    return _ders_of(lib.X509_STORE_CTX_get1_chain(store_context), owned=True)
 
 
 def parse(ders: Iterable[bytes]) -> tuple[x509.Certificate, ...]:

@@ -1,6 +1,7 @@
 """OpenSSL as judge of a path: the same verifier and settings within a handshake, after one, and for a file.
 
-OpenSSL follows the path and checks its signatures; who the peer is, `pki.verify` alone says.
+OpenSSL follows the path and checks its signatures; who the peer is, `pki.verify` alone says. A handshake's own store
+of anchors stays empty: what it presents is judged by a `Judge`, once, and what was judged before need not be again.
 """
 
 from __future__ import annotations
@@ -24,12 +25,17 @@ class Judge:
 
     def __init__(self, bundle: TrustBundle, moment: datetime | None = None) -> None:
         self._store = X509Store()
-        _trust(self._store, bundle)
+        for anchor in bundle.anchors:
+            self._store.add_cert(X509.from_cryptography(anchor))
+        # The anchors are what the operator chose, each an authority; one need not be self-signed to be trusted.
+        self._store.set_flags(X509StoreFlags.PARTIAL_CHAIN)
         if moment is not None:  # OpenSSL compares with `time_t`; pyOpenSSL takes the naive form of UTC
             self._store.set_time(moment.replace(tzinfo=None))
 
     def __call__(self, chain: Sequence[x509.Certificate]) -> Judgement:
         """Return OpenSSL's word on `chain` (leaf first). Purpose and names are for pki.verify to judge."""
+        if not 0 < len(chain) <= MAX_CHAIN:
+            return Judgement((), "nothing, or too much, was presented")
         rest = [X509.from_cryptography(certificate) for certificate in chain[1:]]
         try:
             path = X509StoreContext(self._store, X509.from_cryptography(chain[0]), rest).get_verified_chain()
@@ -44,14 +50,11 @@ def judge_offline(chain: Sequence[x509.Certificate], bundle: TrustBundle, now: d
     return Judge(bundle, now)(chain)
 
 
-def judge_within(context: SSL.Context, bundle: TrustBundle, *, optional: bool = False) -> None:
+def judge_within(context: SSL.Context, *, optional: bool = False) -> None:
     """Have each handshake of a context judge the other side while it runs. Its connections need a `Judging` each.
 
     `optional`: a client may go without a certificate. A server never may.
     """
-    store = context.get_cert_store()
-    assert store is not None
-    _trust(store, bundle)
     _set_verify(context, SSL.VERIFY_PEER | (0 if optional else SSL.VERIFY_FAIL_IF_NO_PEER_CERT), _on_certificate)
 
 
@@ -66,21 +69,17 @@ def judge_later(context: SSL.Context) -> None:
 class Judging:
     """One handshake in which the other side is judged; it fails closed, with the alert that fits.
 
-    The judging is done where OpenSSL has followed the path to the leaf, or can follow it no further: a client's own
-    certificate has not gone out by then. `verify` says who the other side is, or raises VerificationFailed;
-    what else it raises is a bug, and fails the handshake too.
+    The judging is done at OpenSSL's first word, which is that it can follow the path no further: the store is empty. A
+    client's own certificate has not gone out by then. `verify` gets the path in DER, leaf first, and says who the
+    other side is, or raises VerificationFailed; what else it raises is a bug, and fails the handshake too.
     """
 
     __slots__ = ("_bug", "_verify", "path", "peer", "refused")
 
-    def __init__(
-        self,
-        connection: SSL.Connection,
-        verify: Callable[[tuple[x509.Certificate, ...], Judgement], VerifiedPeer],
-    ) -> None:
+    def __init__(self, connection: SSL.Connection, verify: Callable[[tuple[bytes, ...]], VerifiedPeer]) -> None:
         self._verify = verify
         self._bug: Exception | None = None
-        self.path: tuple[x509.Certificate, ...] = ()  # what was judged, leaf first, as far as OpenSSL could follow it
+        self.path: tuple[bytes, ...] = ()  # what was judged
         self.peer: VerifiedPeer | None = None
         self.refused: VerificationFailed | None = None
         connection.set_app_data(self)
@@ -97,34 +96,20 @@ class Judging:
                 raise self._bug from None
             raise
 
-    def on_certificate(self, ok: int, store_context: Any) -> int:
-        """OpenSSL looked at a certificate of the path; 1 lets it go on, 0 ends the handshake. Raises nothing."""
+    def on_certificate(self, store_context: Any) -> int:
+        """OpenSSL has a word on the path; 1 lets it go on, 0 ends the handshake. Raises nothing."""
+        if self.peer is not None:
+            return 1
         try:
-            return self._judge(ok, store_context)
+            self.path = path_of(store_context)
+            self.peer = self._verify(self.path)
+            return 1
         except VerificationFailed as refused:
             self.refused = refused
-            if ok:  # OpenSSL had nothing against it: choose the alert
-                lib.X509_STORE_CTX_set_error(store_context, alert_error(refused.failures[0].reason))
+            lib.X509_STORE_CTX_set_error(store_context, alert_error(refused.failures[0].reason))
         except Exception as bug:  # CVE-2026-27448: an exception in a callback let the other side in
             self._bug = bug
         return 0
-
-    def _judge(self, ok: int, store_context: Any) -> int:
-        error = lib.X509_STORE_CTX_get_error(store_context)
-        depth = lib.X509_STORE_CTX_get_error_depth(store_context)
-        if ok and depth:
-            return 1  # the leaf comes last
-        self.path = path_of(store_context)
-        judgement = Judgement(self.path) if ok else Judgement((), path_detail(error, depth))
-        self.peer = self._verify(self.path, judgement)
-        return int(ok)
-
-
-def _trust(store: X509Store, bundle: TrustBundle) -> None:
-    for anchor in bundle.anchors:
-        store.add_cert(X509.from_cryptography(anchor))
-    # The anchors are what the operator chose, each an authority; one need not be self-signed to be trusted.
-    store.set_flags(X509StoreFlags.PARTIAL_CHAIN)
 
 
 def _set_verify(context: SSL.Context, mode: int, callback: Any) -> None:
@@ -135,10 +120,10 @@ def _set_verify(context: SSL.Context, mode: int, callback: Any) -> None:
 
 # cffi returns `error` where one of these raises.
 @ffi.callback("int (*)(int, X509_STORE_CTX *)", error=0)  # type: ignore[untyped-decorator]  # cffi has no types
-def _on_certificate(ok: int, store_context: Any) -> int:
+def _on_certificate(_ok: int, store_context: Any) -> int:
     ssl = lib.X509_STORE_CTX_get_ex_data(store_context, lib.SSL_get_ex_data_X509_STORE_CTX_idx())
     judging = SSL.Connection._reverse_mapping[ssl].get_app_data()
-    return judging.on_certificate(ok, store_context) if isinstance(judging, Judging) else 0
+    return judging.on_certificate(store_context) if isinstance(judging, Judging) else 0
 
 
 @ffi.callback("int (*)(int, X509_STORE_CTX *)", error=0)  # type: ignore[untyped-decorator]  # cffi has no types

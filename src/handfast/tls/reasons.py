@@ -80,6 +80,10 @@ _ALERT_ERRORS = {
     Reason.VERIFY_CA_AS_LEAF: 26,
     Reason.VERIFY_KEY_USAGE: 26,
     Reason.VERIFY_BAD_SIGNATURE: 7,
+    Reason.VERIFY_NOT_A_CA: 79,
+    Reason.VERIFY_PATH_LENGTH: 25,
+    Reason.VERIFY_CHAIN_TOO_LONG: 22,
+    Reason.VERIFY_MALFORMED: 28,
 }
 
 

@@ -40,6 +40,7 @@ from handfast.tls.engine import (
     parse,
     presented,
     presented_count,
+    renew_memory,
     room,
     step,
     take,
@@ -227,8 +228,7 @@ class ServerContext:
                 return known
             del self._known[digest]
         chain = parse(ders)
-        judgement = self._judge(chain) if 0 < len(chain) <= MAX_CHAIN else None
-        peer = verify(chain, self.terms, now, judgement)
+        peer = verify(chain, self.terms, now, self._judge(chain))
         self._known[digest] = peer
         if len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
@@ -245,7 +245,7 @@ class ServerHandshake:
         self._context = context
         self._clock = clock
         # Of use only where the client is judged within the handshake.
-        self._judging = Judging(connection, lambda path, judgement: verify(path, context.terms, clock(), judgement))
+        self._judging = Judging(connection, lambda path: context.admit(path, clock()))
         connection.set_accept_state()
 
     def feed(self, records: bytes) -> Accepted | Refused | None:
@@ -255,7 +255,7 @@ class ServerHandshake:
             finished = judging.step(self._connection, records)
         except SSL.Error as error:
             failures = (handshake_failure(error),) if judging.refused is None else judging.refused.failures
-            return Refused(failures, judging.path, None)
+            return Refused(failures, parse(judging.path), None)
         return self._finished() if finished else None
 
     def take(self) -> bytes:
@@ -263,7 +263,9 @@ class ServerHandshake:
         return take(self._connection)
 
     def _finished(self) -> Accepted | Refused:
-        connection, channel, settings = self._connection, Channel(self._connection), self._context.settings
+        connection, settings = self._connection, self._context.settings
+        renew_memory(connection)
+        channel = Channel(connection)
         facts = Facts(
             server_name=(connection.get_servername() or b"").decode("ascii", "replace"),
             version=connection.get_protocol_version_name(),
@@ -277,7 +279,7 @@ class ServerHandshake:
             count = presented_count(connection)
             if count > MAX_CHAIN:  # OpenSSL follows a path among them, however many there are
                 failure = Failure(Reason.VERIFY_CHAIN_TOO_LONG, {"count": count, "limit": MAX_CHAIN})
-                return Refused((failure,), self._judging.path, channel, facts)
+                return Refused((failure,), parse(self._judging.path), channel, facts)
             return Accepted(self._judging.peer, channel, facts)
         ders = presented(connection)
         if not ders and settings.client_auth is ClientAuth.OPTIONAL:
@@ -303,7 +305,7 @@ def _context(credential: Credential, terms: Terms, settings: ServerSettings) -> 
     if settings.answer_refusals:
         judge_later(context)
     else:
-        judge_within(context, terms.bundle, optional=settings.client_auth is ClientAuth.OPTIONAL)
+        judge_within(context, optional=settings.client_auth is ClientAuth.OPTIONAL)
     return context
 
 
