@@ -6,6 +6,7 @@ import os
 import pwd
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,17 +26,14 @@ def _as_postgres() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+def database() -> Iterator[int]:
     """A PostgreSQL server on a port of loopback."""
-    folder = tmp_path_factory.mktemp("pg")
+    # Not below pytest's own folder, which another run of it closes to PostgreSQL's user.
+    folder = Path(tempfile.mkdtemp(prefix="handfast-pg-"))
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1]
     if os.geteuid() == 0:
         owner = pwd.getpwnam("postgres")
         os.chown(folder, owner.pw_uid, owner.pw_gid)
-        for above in folder.parents:  # pytest's folders are 0700
-            if above == Path("/tmp"):
-                break
-            above.chmod(0o711)
     port = free_port()  # one that the kernel gives to nobody meanwhile
     data = folder / "data"
     subprocess.run(
@@ -52,7 +50,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     finally:
         stop = [*_as_postgres(), str(programs / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop"]
         subprocess.run(stop, check=True, stdout=subprocess.DEVNULL, cwd=folder)
-        shutil.rmtree(data, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _ask(port: int, statement: str) -> subprocess.CompletedProcess[str]:
