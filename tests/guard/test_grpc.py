@@ -84,7 +84,8 @@ class Service:
         return b""
 
     def _hang(self, _request: bytes, context: Any) -> bytes:
-        context.add_callback(self.cancelled.set)
+        if not context.add_callback(self.cancelled.set):
+            self.cancelled.set()  # it was over before it was here
         self.hanging.release()
         self.cancelled.wait(60)
         return b""

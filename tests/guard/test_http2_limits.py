@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from handfast.guard.connection import Limits
 from handfast.guard.http2 import MANY_HELD, MOST_HELD, Http2Session
-from handfast.guard.http2_frames import TABLE, machine
+from handfast.guard.http2_frames import machine
+from handfast.wire.packing import TABLE
 from tests.support.apps import HELLO, App, client_context
 from tests.support.certs import Ca
 from tests.support.guards import Running

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from handfast.errors import InvalidInput, Reason
 from handfast.pki import Purpose, Terms, TrustBundle, VerifiedPeer, verify
-from handfast.policy import ALLOW_ANY, Effect, Policy, Request, decide, parse_policy, parse_rule
+from handfast.policy import ALLOW_ANY, Effect, Policy, Request, decide, parse_policy, parse_rule, rule_for
 from tests.support.certs import Ca
 
 ROOT = Ca.root()
@@ -53,6 +53,35 @@ MAIL = _peer("alice@corp.example")
 def test_who_is_meant(rule: str, peer: VerifiedPeer, allowed: bool) -> None:
     """A pattern means exactly the names it says."""
     assert decide(parse_policy([rule], "td"), peer, Request(b"GET", b"/")).allowed is allowed
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "text"),
+    [
+        (b"POST", b"/x", "spiffe://td/web POST /x"),
+        (b"GET", b"/", "spiffe://td/web GET /"),
+        (b"GET", b"/a*", None),  # it would take /ab as well
+        (b"GET", b"/a%20b", None),
+        (b"GET", b"/a;b", None),
+        (b"GET", b"//a", None),
+        (b"GET", b"*", None),
+        (b"GET", b"/\xff", None),
+        (b"GET", b"/a b", None),
+        (b"GET", b"/a\nallow any", None),
+        (b"get", b"/x", None),
+        (b"GET,POST", b"/x", None),
+        (b"M-SEARCH", b"/x", None),
+    ],
+)
+def test_a_rule_for_one_request_allows_that_one(method: bytes, path: bytes, text: str | None) -> None:
+    """The rule for a request allows it and no other method, path or peer; where none says that, there is none."""
+    rule = rule_for(WEB.identity.name, Request(method, path))
+    assert rule == text
+    if rule is not None:
+        policy = parse_policy([rule])
+        assert decide(policy, WEB, Request(method, path)).allowed
+        for peer, other in ((DEEP, Request(method, path)), (WEB, Request(b"PUT", path)), (WEB, Request(method, b"/y"))):
+            assert not decide(policy, peer, other).allowed
 
 
 def test_a_certificate_is_meant_by_its_digest() -> None:

@@ -7,9 +7,9 @@ share; it lives as long as the site, which a new snapshot replaces.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from handfast.errors import Failure, Reason
 from handfast.guard.events import encode, request_facts
 from handfast.guard.routes import Route, Site
 from handfast.pki.verification import VerifiedPeer
-from handfast.policy import Decision, Effect, Request, decide_by
+from handfast.policy import Decision, Effect, Request, decide_by, rule_for
 from handfast.tls.server import Facts
 from handfast.wire.http1 import Header
 from handfast.wire.identity import claims_identity, fold, overrides_request
@@ -26,10 +26,12 @@ from handfast.wire.usual import Requests
 
 if TYPE_CHECKING:
     from handfast.guard.connection import Connection
+    from handfast.guard.service import Guard
 
 _MOST_KNOWN = 64  # requests of a caller that are remembered
 _MOST_CALLERS = 512  # of a site that are
 _LONGEST_KNOWN = 512  # bytes of a path
+_LONGEST_SHOWN = 200  # bytes of a path in a sentence
 # What a proxy says of the client's side; ours replaces whatever the client sent.
 _FORWARDED = frozenset(
     {
@@ -66,13 +68,13 @@ class Caller:
         self._headers: tuple[Header, ...] = ()
         self._renew_at = 0.0
 
-    def headers(self, now: datetime) -> tuple[Header, ...]:
+    def headers(self, guard: Guard) -> tuple[Header, ...]:
         """Return what tells the app who calls; the same tuple for as long as it holds."""
         if monotonic() >= self._renew_at:
             refresh = self.site.refresh_headers
             self._renew_at = monotonic() + refresh if refresh else float("inf")
             forwarded = ((b"X-Forwarded-For", self._host), (b"X-Forwarded-Proto", b"https"))
-            self._headers = (*forwarded, *self.site.identify(self.peer, now))
+            self._headers = (*forwarded, *self.site.identify(self.peer, guard.now))
         return self._headers
 
 
@@ -138,7 +140,7 @@ class Door:
 
     def headers(self) -> tuple[Header, ...]:
         """Return the headers for the app; the same tuple for as long as they hold."""
-        return self.caller.headers(self._connection.guard.now)
+        return self.caller.headers(self._connection.guard)
 
     def requests(self) -> Requests:
         """Return what reads and rewrites the requests; it sets these headers."""
@@ -173,11 +175,37 @@ class Door:
             return route, _OPEN
         if self.peer is None:
             return Failure(Reason.VERIFY_NO_CERTIFICATE)
-        decision = decide_by(site.rules_about(route.policy, self.peer), Request(method, path))
+        about, request = site.rules_about(route.policy, self.peer), Request(method, path)
+        decision = decide_by(about, request)
         if decision.allowed:
             return route, decision
-        rule = None if decision.rule is None else str(decision.rule)
-        return Failure(decision.reason, {"who": str(self.peer.identity), "rule": rule})
+        if decision.rule is not None:
+            return Failure(decision.reason, {"who": str(self.peer.identity), "rule": str(decision.rule)})
+        return no_rule(self.peer, request if about else None, by_file=self._connection.guard.by_file)
+
+
+def no_rule(peer: VerifiedPeer, request: Request | None, *, by_file: bool) -> Failure:
+    """The failure of a peer that no rule allows this request, or, with None, anything; and how to allow just that.
+
+    `by_file`: whether rules stand in a file and not in flags.
+    """
+    who = str(peer.identity)
+    if request is None:
+        return Failure(Reason.POLICY_NO_RULE, {"who": who, "rule": None, "remedy": _allowing(who, by_file)})
+    shown = request_facts(request.method[:32], b"", request.path[:_LONGEST_SHOWN])
+    facts = {"who": f"{who} to {shown['method']} {shown['path']}", "rule": None}
+    rule = rule_for(peer.identity.name, request) if len(request.path) <= _LONGEST_SHOWN else None
+    if rule is None:  # a rule holds no such path or method, or it would take more with it
+        return Failure(Reason.POLICY_NO_RULE, facts | {"remedy": "allow it by a rule WHO METHODS PATH that covers it"})
+    return Failure(Reason.POLICY_NO_RULE, facts | {"remedy": _allowing(rule, by_file)})
+
+
+def _allowing(rule: str, by_file: bool) -> str:
+    """How to add a rule, for a file (TOML's strings are JSON's here) or for a shell."""
+    if by_file:
+        return f"allow it: allow = [..., {json.dumps(rule)}]"
+    quoted = rule.replace("'", "'\"'\"'")
+    return f"allow it: --allow '{quoted}'"
 
 
 def strip(name: bytes) -> bool:

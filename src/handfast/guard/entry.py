@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from handfast.errors import Failure, Reason, RemoteProtocolError
 from handfast.guard.checking import Checking
-from handfast.guard.door import Door
+from handfast.guard.door import Door, no_rule
 from handfast.guard.events import cut, refusal_body, told
 from handfast.guard.http import HttpSession
 from handfast.guard.http2 import Http2Session
@@ -339,6 +339,8 @@ def _admit(connection: Connection, accepted: Accepted, verdict: Verdict | None =
     rule = None if decision.rule is None else str(decision.rule)
     if not decision.allowed:
         failure = Failure(decision.reason, {"who": connection.who, "rule": rule})
+        if decision.reason is Reason.POLICY_NO_RULE and peer is not None:
+            failure = no_rule(peer, None, by_file=guard.by_file)
         _denied(connection, failure, {"rule": rule} | shown)
         connection.linger(accepted.channel)
         return

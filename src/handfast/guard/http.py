@@ -21,7 +21,7 @@ from handfast.errors import Failure, Reason, RemoteProtocolError
 from handfast.guard.door import Admission, Door
 from handfast.guard.events import Logged, Timing
 from handfast.guard.places import Speech
-from handfast.guard.upstream import SecureUpstream, Upstream, Upstreams
+from handfast.guard.upstream import SecureUpstream, Upstream, Upstreams, unanswered
 from handfast.tls.server import Channel
 from handfast.wire.bodies import Body, BodyKind, body_reader
 from handfast.wire.http1 import (
@@ -181,9 +181,11 @@ class HttpSession:
             self._connection.abort()
 
     def finish(self) -> None:
-        """Answer what is under way, then close."""
+        """Answer what is under way, then close. Who came in and has not asked yet may do so once."""
         self._finishing = True
-        if self._exchange is None and not self._buffer:
+        if not self._count:
+            self._connection.hurry()
+        elif self._exchange is None and not self._buffer:
             self._close()
 
     def rest(self, moment: float) -> None:
@@ -541,8 +543,7 @@ class HttpSession:
             exchange.waiting = [exchange.again]
             self._dial(exchange.admission.route.upstreams)
         elif exchange.response is None:
-            facts = {"target": str(exchange.admission.route.upstreams), "detail": "it closed without an answer"}
-            self._fail(Failure(Reason.UPSTREAM_DOWN, facts))
+            self._fail(unanswered(exchange.admission.route.upstreams, exchange.answer))
         elif not reset and (exchange.response.body is BodyKind.UNTIL_CLOSE or exchange.tunnel):
             exchange.keep = False
             self._done(exchange, reusable=False)

@@ -64,7 +64,7 @@ class _Known:
 
     def __init__(self, head: RequestHead, set_headers: tuple[Header, ...], strip: Callable[[bytes], bool]) -> None:
         self.head, self.set_headers, self.strip = head, set_headers, strip
-        self.fields: list[Header] = []  # for an app of HTTP/2
+        self.fields: tuple[Header, ...] = ()  # for an app of HTTP/2
         self.sent = b""  # for one of HTTP/1.1
 
 
@@ -73,7 +73,7 @@ class Http2Session:
 
     __slots__ = (
         *("_apps", "_channel", "_closed", "_count", "_dirty", "_door", "_finishing", "_head_begun", "_held", "_kept"),
-        *("_known", "_rested", "_streams", "blocked", "connection", "frames", "hungry", "machine"),
+        *("_known", "_latest", "_rested", "_streams", "blocked", "connection", "frames", "hungry", "machine"),
     )
 
     def __init__(self, connection: Connection, door: Door, channel: Channel) -> None:
@@ -88,6 +88,7 @@ class Http2Session:
         self._apps: list[AppConnection] = []
         self._dirty: list[Line | AppConnection] = []  # they have something to write
         self._known: dict[tuple[object, ...], _Known] = {}
+        self._latest: tuple[tuple[Header, ...], bool, _Known] | None = None
         self._finishing = False  # no new requests
         self._closed = False  # all is said
         self._held = 0  # bytes of answers that wait for the client
@@ -150,6 +151,9 @@ class Http2Session:
     def finish(self) -> None:
         """Answer what is under way, then close. The client may ask the rest elsewhere (RFC 9113 6.8)."""
         if self._finishing:
+            return
+        if not self._count:  # it came in and has not asked yet: it may
+            self.connection.hurry()
             return
         self._finishing = True
         if not self._streams:
@@ -265,11 +269,22 @@ class Http2Session:
             stream.cut(error.failure, ErrorCodes.PROTOCOL_ERROR)
 
     def _parse(self, headers: Sequence[Header], asked: bool) -> _Known:
-        """Read a header list; one that came before is known."""
+        """Read a header list; one that came before is known, and the very tuple that came last at once."""
+        set_headers, strip, latest = self._door.headers(), self._door.strip, self._latest
+        if latest is not None and latest[0] is headers and latest[1] is asked:
+            known = latest[2]
+            if known.set_headers is set_headers and known.strip is strip:
+                return known
+        return self._read_fields(headers, asked, set_headers, strip)
+
+    def _read_fields(
+        self, headers: Sequence[Header], asked: bool, set_headers: tuple[Header, ...], strip: Callable[[bytes], bool]
+    ) -> _Known:
         key = (*headers, asked, *map(type, headers))
         known = self._known.get(key)
-        set_headers, strip = self._door.headers(), self._door.strip
         if known is not None and known.set_headers is set_headers and known.strip is strip:
+            if isinstance(headers, tuple):
+                self._latest = headers, asked, known
             return known
         head = request_head(headers, asked)
         known = _Known(head, set_headers, strip)
@@ -291,7 +306,9 @@ class Http2Session:
         if upstreams.target.speech is Speech.HTTP2:
             if not known.fields:
                 fields = request_fields(event.headers, known.head, known.set_headers, known.strip)
-                known.fields = [NeverIndexedHeaderTuple(*field) if field[0] in _SECRET else field for field in fields]
+                known.fields = tuple(
+                    NeverIndexedHeaderTuple(*field) if field[0] in _SECRET else field for field in fields
+                )
             self._app(upstreams).call(stream, known.fields)
             return
         key = b64encode(secrets.token_bytes(16)) if known.head.upgrade else b""
@@ -366,18 +383,12 @@ class Http2Session:
 
     def sendable(self, identifier: int) -> bool:
         """Whether the client still hears of this stream."""
-        stream = self.machine.streams.get(identifier)
-        return stream is not None and not stream.closed
+        return self.machine.live(identifier) is not None
 
     def reset(self, identifier: int, code: int) -> None:
         """End a stream visibly."""
         if self.sendable(identifier):
             self.machine.reset_stream(identifier, code)
-
-    def watch(self, deadline: float) -> None:
-        """Have `expired` called at this deadline, if not before."""
-        if deadline < self.connection.deadline:
-            self.connection.deadline = deadline
 
     def forget(self, stream: Stream) -> None:
         """A stream is over."""
@@ -396,8 +407,8 @@ class Http2Session:
             dirty, self._dirty = self._dirty, []
             for carrier in dirty:
                 carrier.flush()
-        if data := self.machine.data_to_send():
-            self._channel.write(data)
+        if self.machine.unsent:
+            self._channel.write(self.machine.data_to_send())
         self._send()
 
     def _send(self) -> None:

@@ -11,7 +11,8 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from handfast.errors import Failure, Reason, RemoteProtocolError
-from handfast.guard.upstream import SecureUpstream, Upstream, Upstreams
+from handfast.guard.http2_streams import answer_head
+from handfast.guard.upstream import SecureUpstream, Upstream, Upstreams, unanswered
 from handfast.wire.bodies import Body, BodyKind, body_reader
 from handfast.wire.http1 import SAFE_METHODS, Header, ResponseHead, find_head, parse_response_head
 from handfast.wire.http2 import answer_fields
@@ -232,14 +233,14 @@ class Line:
             return
         if response.status < 200:
             if response.status != 100 or asked.expect_continue:
-                stream.informed(response.status, answer_fields(response))
+                stream.informed(answer_head(response.status, answer_fields(response)))
             return
         self._body = body = body_reader(response.body, response.length, decode=True)
         self._until_close = response.body is BodyKind.UNTIL_CLOSE
         self._last = self._last or not response.keep_alive
         if body.done:
             self._release(stream, reusable=not more)
-        stream.answered(response.status, answer_fields(response), last=body.done)
+        stream.answered(answer_head(response.status, answer_fields(response)), last=body.done)
 
     def _take_websocket(self, stream: Stream, response: ResponseHead) -> None:
         """The app changes to a websocket: only to the one that was asked for (RFC 6455 4.1, RFC 8441 5)."""
@@ -251,7 +252,7 @@ class Line:
             raise RemoteProtocolError(Reason.UPSTREAM_BAD_RESPONSE, target="", detail=detail)
         self._tunnel = True
         kept = [field for field in fields if field[0] not in (b"sec-websocket-accept", b"content-length")]
-        stream.answered(200, kept, last=False, lasting=True)
+        stream.answered(answer_head(200, kept, lasting=True), last=False)
         if self._stream is not stream:
             return
         held, self._held = b"".join(self._held), []
@@ -294,8 +295,7 @@ class Line:
             stream.data(b"", 0, True)
             self._session.flush()
         elif self._body is None and not self._tunnel:
-            facts = {"target": str(self.upstreams), "detail": "it closed without an answer"}
-            self._fail(Failure(Reason.UPSTREAM_DOWN, facts))
+            self._fail(unanswered(self.upstreams, self._answer))
         else:
             self._fail(Failure(Reason.UPSTREAM_BAD_RESPONSE, {"detail": "it closed in the midst of its answer"}))
 

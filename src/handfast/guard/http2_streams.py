@@ -6,8 +6,10 @@ brings the answer: a `Line` (http2_lines) to an app of HTTP/1.1, a `Call` (http2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import inf
 from time import monotonic
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from h2.errors import ErrorCodes
 
@@ -38,6 +40,20 @@ class Carrier(Protocol):
         """Nobody waits for the answer any more."""
 
 
+class AnswerHead(NamedTuple):
+    """The head of an answer, as it goes to the client; `lasting`: it may rest in the midst (a websocket, gRPC)."""
+
+    status: int
+    fields: tuple[Header, ...]  # `:status` first
+    lasting: bool
+
+
+def answer_head(status: int, fields: list[Header], *, lasting: bool = False) -> AnswerHead:
+    """Put a head together; `fields` are without `:status`."""
+    lasting = lasting or any(n == b"content-type" and v.startswith(b"application/grpc") for n, v in fields)
+    return AnswerHead(status, ((b":status", b"%d" % status), *fields), lasting)
+
+
 class Stream:
     """See the module's docstring. `admission` is there where the request was let through."""
 
@@ -58,7 +74,7 @@ class Stream:
         self.carrier: Carrier | None = None
         self.timing = Timing(monotonic())
         self.status = 0  # of the answer, once it began
-        self.deadline = float("inf")  # on the clock of `monotonic`
+        self.deadline = inf  # on the clock of `monotonic`
         self._out = Outflow(session.machine, session.frames, identifier)
         self._counted = 0  # bytes of the answer, as the session counts them
         self._held = 0  # bytes that the client may not send again before they went on
@@ -126,9 +142,14 @@ class Stream:
 
     def pump(self) -> None:
         """Send what the client takes."""
-        out, before = self._out, self._out.size
-        credit = 0 if self._session.blocked else out.pump()
-        self._count()
+        before = self._out.size
+        self._went(before, 0 if self._session.blocked else self._out.pump())
+
+    def _went(self, before: int, credit: int) -> None:
+        """So much went to the client, of `before` bytes that waited."""
+        out = self._out
+        if out.size != self._counted:
+            self._count()
         if credit and self.carrier is not None:
             self.carrier.sent(credit)
         if out.done:
@@ -145,19 +166,18 @@ class Stream:
 
     # The app's side.
 
-    def informed(self, status: int, fields: list[Header]) -> None:
+    def informed(self, head: AnswerHead) -> None:
         """An answer of the class 1xx, which another follows."""
         if self._session.sendable(self.id):
-            self._session.machine.send_headers(self.id, [(b":status", b"%d" % status), *fields])
+            self._session.machine.put_headers(self.id, head.fields, False)
 
-    def answered(self, status: int, fields: list[Header], *, last: bool, lasting: bool = False) -> None:
+    def answered(self, head: AnswerHead, *, last: bool) -> None:
         """The head of the answer."""
-        self.status = status
+        self.status, fields, self._lasting = head
         self.timing.first_byte = monotonic()
-        self._lasting = lasting or any(n == b"content-type" and v.startswith(b"application/grpc") for n, v in fields)
         if not self._session.sendable(self.id):
             return  # the client reset it; that is heard of in a moment
-        self._session.machine.send_headers(self.id, [(b":status", b"%d" % status), *fields], end_stream=last)
+        self._session.machine.put_headers(self.id, fields, last)
         if last:
             self._out.done = True
             self.log()
@@ -168,10 +188,14 @@ class Stream:
     def data(self, data: bytes, credit: int, last: bool) -> None:
         """A piece of the answer's body. `Carrier.sent` gets the credit."""
         self.timing.bytes_out += len(data)
-        self._out.push(data, credit, last)
-        self.pump()
+        out, before = self._out, self._out.size + len(data)
+        if self._session.blocked:
+            out.push(data, credit, last)
+            self._went(before, 0)
+        else:
+            self._went(before, out.send(data, credit, last))
 
-    def finish(self, trailers: list[Header]) -> None:
+    def finish(self, trailers: Sequence[Header]) -> None:
         """The answer's end."""
         self._out.trailers, self._out.last = trailers, True
         self.pump()
@@ -201,7 +225,7 @@ class Stream:
         self.taken(self._held)
         fields = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         bodiless = head is not None and head.method == b"HEAD"
-        self.answered(self.status, fields, last=bodiless)
+        self.answered(answer_head(self.status, fields), last=bodiless)
         if not bodiless:
             self.data(body, 0, True)
 
@@ -216,8 +240,10 @@ class Stream:
             seconds = (upstreams and upstreams.response) or limits.response
         elif self._lasting and not self._out.size:
             seconds = limits.tunnel_idle
-        self.deadline = float("inf") if seconds is None else monotonic() + seconds
-        self._session.watch(self.deadline)
+        deadline = self.deadline = inf if seconds is None else monotonic() + seconds
+        connection = self._session.connection
+        if deadline < connection.deadline:
+            connection.deadline = deadline
 
     def expired(self) -> None:
         """The deadline passed."""
@@ -256,6 +282,7 @@ class Stream:
 
     def _count(self) -> None:
         """Tell the session what waits here for the client."""
-        if self._out.size != self._counted:
-            more, self._counted = self._out.size - self._counted, self._out.size
+        size = self._out.size
+        if size != self._counted:
+            more, self._counted = size - self._counted, size
             self._session.hold(more)

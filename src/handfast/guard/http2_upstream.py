@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from h2.errors import ErrorCodes
 from h2.events import (
@@ -26,14 +27,15 @@ from hyperframe.frame import GoAwayFrame
 
 from handfast.errors import Failure, Reason, RemoteProtocolError
 from handfast.guard.http2_frames import Outflow, machine
-from handfast.guard.upstream import SecureUpstream, Upstream, Upstreams
+from handfast.guard.http2_streams import AnswerHead, Stream, answer_head
+from handfast.guard.upstream import SecureUpstream, Upstream, Upstreams, unanswered
 from handfast.wire.http1 import Header
 from handfast.wire.http2 import app_answer, trailer_fields
 
 if TYPE_CHECKING:
     from handfast.guard.http2 import Http2Session
-    from handfast.guard.http2_streams import Stream
 
+_MOST_KNOWN, _LONGEST_KNOWN = 8, 2048  # heads of answers, and trailers, that are remembered, and bytes of one
 # Resets that mean to the client what they mean to us; any other is a fault behind us.
 _PASSED_ON = frozenset({ErrorCodes.CANCEL, ErrorCodes.REFUSED_STREAM, ErrorCodes.ENHANCE_YOUR_CALM})
 
@@ -43,7 +45,7 @@ class Call:
 
     __slots__ = ("_app", "answered", "fields", "out", "stream", "unpaid")
 
-    def __init__(self, app: AppConnection, stream: Stream, fields: list[Header]) -> None:
+    def __init__(self, app: AppConnection, stream: Stream, fields: Sequence[Header]) -> None:
         self._app = app
         self.fields = fields
         self.stream: Stream | None = stream  # None: nobody waits for it any more
@@ -54,8 +56,11 @@ class Call:
 
     def body(self, data: bytes, credit: int, last: bool) -> None:
         """See Carrier."""
-        self.out.push(data, credit, last)
-        self.pump()
+        if self.stream is not None and not self._app.full and not self._app.closed:
+            self.stream.taken(self.out.send(data, credit, last))
+            self._app.touch()
+        else:
+            self.out.push(data, credit, last)
 
     def trailers(self, fields: list[Header]) -> None:
         """See Carrier."""
@@ -94,6 +99,9 @@ class AppConnection:
         self._calls: dict[int, Call] = {}
         self._waiting: deque[Call] = deque()  # until it is open, or has room for one more
         self._gathered = False  # something may wait to be written
+        # What came lately and what it became, by the id of what came, which is kept with it.
+        self._answers: dict[int, tuple[Sequence[Header], AnswerHead]] = {}
+        self._trailers: dict[int, tuple[Sequence[Header], Sequence[Header]]] = {}
         self._dialling: asyncio.Task[None] | None = upstreams.dial(self, session.connection.preface(upstreams))
 
     @property
@@ -101,7 +109,7 @@ class AppConnection:
         """Whether nothing is under way."""
         return not self._calls and not self._waiting
 
-    def call(self, stream: Stream, fields: list[Header]) -> None:
+    def call(self, stream: Stream, fields: Sequence[Header]) -> None:
         """Take a request to the app."""
         call = Call(self, stream, fields)
         stream.carrier = call
@@ -117,14 +125,15 @@ class AppConnection:
     def flush(self) -> None:
         """Write what was gathered."""
         self._gathered = False
-        if self._upstream is not None and self._upstream.usable and (data := self.machine.data_to_send()):
-            self._upstream.write(data)
+        if self.machine.unsent and self._upstream is not None and self._upstream.usable:
+            self._upstream.write(self.machine.data_to_send())
 
     def pay(self, call: Call, credit: int) -> None:
         """The client took so much of an answer: the app may send as much more."""
         if credit and not self.closed:
             self.machine.acknowledge_received_data(credit, call.out.id)
-            self.touch()
+            if self.machine.unsent:
+                self.touch()
 
     def leave(self, call: Call, code: int) -> None:
         """Nobody waits for this call any more."""
@@ -178,7 +187,8 @@ class AppConnection:
         if (frame := self.frames.goaway) is not None:
             self.frames.goaway = None
             self._retire(frame)
-        self.touch()
+        if self.machine.unsent:
+            self.touch()
         self._session.flush()
 
     def upstream_ended(self) -> None:
@@ -202,17 +212,19 @@ class AppConnection:
 
     def _begin(self) -> None:
         """Begin the calls that have room."""
+        made = self.machine
         while self._waiting and self._upstream is not None and not self.retired:
-            if len(self._calls) >= self.machine.remote_settings.max_concurrent_streams:
+            if len(self._calls) >= made.places:
                 return
             call = self._waiting.popleft()
-            out, made = call.out, self.machine
-            out.id = made.get_next_available_stream_id()
-            out.done = out.last and out.empty
-            made.send_headers(out.id, call.fields, end_stream=out.done)
+            out = call.out
+            out.id = made.next_stream
+            waits = not out.empty
+            out.done = out.last and not waits
+            made.put_headers(out.id, call.fields, out.done)
             self._calls[out.id] = call
             self.touch()
-            if not out.done:
+            if waits:
                 call.pump()
 
     def _on(self, event: Event) -> None:
@@ -252,12 +264,12 @@ class AppConnection:
         stream = call.stream
         try:
             if isinstance(event, TrailersReceived):
-                trailers = trailer_fields(event.headers)
+                trailers = self._read_trailers(event.headers)
                 call.answered = True
                 stream.finish(trailers)
                 return
-            status, fields = app_answer(event.headers)
-            if status == 101 or (status < 200) is not isinstance(event, InformationalResponseReceived):
+            head = self._read_answer(event.headers)
+            if head.status == 101 or (head.status < 200) is not isinstance(event, InformationalResponseReceived):
                 raise RemoteProtocolError(Reason.UPSTREAM_BAD_RESPONSE, target="", detail="a status out of place")
         except RemoteProtocolError as error:
             detail = error.facts.get("detail", error.failure.message)
@@ -265,11 +277,26 @@ class AppConnection:
             return
         if isinstance(event, InformationalResponseReceived):
             assert stream.head is not None
-            if status != 100 or stream.head.expect_continue:
-                stream.informed(status, fields)
+            if head.status != 100 or stream.head.expect_continue:
+                stream.informed(head)
             return
         call.answered = event.stream_ended is not None
-        stream.answered(status, fields, last=call.answered)
+        stream.answered(head, last=call.answered)
+
+    def _read_answer(self, headers: Sequence[Header]) -> AnswerHead:
+        """What goes to the client for the head of an answer; the very tuple that came before is known."""
+        known = self._answers.get(id(headers))
+        if known is None or known[0] is not headers:
+            known = headers, answer_head(*app_answer(headers))
+            _keep(self._answers, known)
+        return known[1]
+
+    def _read_trailers(self, headers: Sequence[Header]) -> Sequence[Header]:
+        known = self._trailers.get(id(headers))
+        if known is None or known[0] is not headers:
+            known = headers, tuple(trailer_fields(headers))
+            _keep(self._trailers, known)
+        return known[1]
 
     def _on_reset(self, event: StreamReset) -> None:
         call = self._calls.pop(event.stream_id, None)
@@ -306,8 +333,7 @@ class AppConnection:
                 continue
             told = failure
             if told is None and not call.stream.status:
-                facts = {"target": str(self.upstreams), "detail": "it closed without an answer"}
-                told = Failure(Reason.UPSTREAM_DOWN, facts)
+                told = unanswered(self.upstreams)
             elif told is None:
                 told = Failure(Reason.UPSTREAM_BAD_RESPONSE, {"detail": "it closed in the midst of its answer"})
             call.stream.fail(told)
@@ -325,7 +351,14 @@ class AppConnection:
             call.pump()
 
     def _reset(self, identifier: int, code: int) -> None:
-        stream = self.machine.streams.get(identifier)
-        if stream is not None and not stream.closed and not self.closed:
+        if not self.closed and self.machine.live(identifier) is not None:
             self.machine.reset_stream(identifier, code or ErrorCodes.CANCEL)
             self.touch()
+
+
+def _keep(known: dict[int, Any], made: tuple[Sequence[Header], Any]) -> None:
+    """Remember what a header list became, where nobody can change the list."""
+    if isinstance(made[0], tuple) and sum(len(name) + len(value) for name, value in made[0]) <= _LONGEST_KNOWN:
+        if len(known) >= _MOST_KNOWN:
+            known.clear()
+        known[id(made[0])] = made

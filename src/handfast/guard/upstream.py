@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Protocol, cast
 
@@ -24,6 +24,7 @@ from handfast.wire.proxy import proxy_v2
 from handfast.wire.usual import Answers
 
 _RESET = struct.pack("ii", 1, 0)  # socket(7): with a linger time of zero, close sends RST
+_ALERT = b"\x15\x03"  # how a record with an alert begins, in every version of TLS (RFC 8446 5.1)
 _REST = (0.2, 30.0)  # seconds, shortest and longest, that a backend which took no connection is left alone
 
 
@@ -455,6 +456,8 @@ async def _open(
     except asyncio.CancelledError:
         _discard(made)
         raise
+    except Exception as bug:  # ours; who waits for the connection must hear of it
+        failure = Failure(Reason.UPSTREAM_BUG, {"target": str(target), "detail": repr(bug)[:200]})
     _discard(made)
     if opened.done() and not opened.cancelled():
         opened.exception()  # looked at, so that the loop does not complain of it
@@ -465,6 +468,25 @@ def _discard(made: list[Upstream | SecureUpstream]) -> None:
     for upstream in made:
         if hasattr(upstream, "_transport"):  # else it never came to a connection
             upstream.drop()
+
+
+def unanswered(group: Upstreams, begun: bytes = b"") -> Failure:
+    """What became of a request whose app closed before an answer; `begun` is what came of one.
+
+    A server of TLS ends so when it is spoken to in the clear, perhaps with an alert (RFC 8446 5.1, 6).
+    """
+    target, facts = group.target, {"target": str(group)}
+    secure = replace(target, tls=True)
+    if begun.startswith(_ALERT) and not target.tls:
+        facts |= {"detail": "a TLS alert", "remedy": f"it speaks TLS: write {secure}"}
+        return Failure(Reason.UPSTREAM_BAD_RESPONSE, facts)
+    facts |= {"detail": "it closed without an answer", "remedy": "its own log may say why"}
+    if not target.tls:
+        facts |= {
+            "detail": "it closed without an answer; perhaps it speaks TLS",
+            "remedy": f"if it speaks TLS, write {secure}; if not, its own log may say why",
+        }
+    return Failure(Reason.UPSTREAM_DOWN, facts)
 
 
 def _down(target: Target, detail: str) -> Failure:

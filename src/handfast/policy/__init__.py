@@ -16,6 +16,7 @@ from handfast.policy.rules import (
     parse_path,
     parse_policy,
     parse_rule,
+    rule_for,
     rules_about,
 )
 
@@ -31,5 +32,6 @@ __all__ = [
     "parse_path",
     "parse_policy",
     "parse_rule",
+    "rule_for",
     "rules_about",
 ]

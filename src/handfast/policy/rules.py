@@ -3,7 +3,7 @@
     policy  = rule*                          the first rule that matches decides; none: denied
     rule    = [allow|deny] WHO [METHODS] [PATH]
     WHO     = a name pattern: web, spiffe://domain/web/*, dns:*.internal, email:a@b.c, cn:NAME, sha256:HEX, any
-    METHODS = GET,POST,...                   left out: every method
+    METHODS = GET,HEAD,POST,...              left out: every method; GET does not cover HEAD
     PATH    = /public, /public/*, /public/** `*` never crosses a slash; `/public/**` takes /public/ and all below
 
 A path is judged on exactly the bytes that are forwarded. Rules that name a whole identity are found by
@@ -125,6 +125,17 @@ def rules_about(policy: Policy, peer: VerifiedPeer) -> list[Rule]:
     places = [at for name in peer.names for at in policy.named.get(name, ())]
     places += [at for at in policy.others if any(policy.rules[at].who.matches(name) for name in peer.names)]
     return [policy.rules[at] for at in sorted(places)]
+
+
+def rule_for(who: Name, request: Request) -> str | None:
+    """The text of the rule that allows this request and no other; None where no rule says just that."""
+    try:
+        text = f"{who} {request.method.decode('ascii')} {request.path.decode('ascii')}"
+        rule = parse_rule(text)
+    except (UnicodeDecodeError, InvalidInput):
+        return None
+    exact = "*" not in text and rule.who.exact == who and rule.covers(request)
+    return text if exact and rule.methods == {request.method} else None
 
 
 def parse_rule(text: str, trust_domain: str | None = None) -> Rule:
