@@ -150,7 +150,7 @@ class Reason(Enum):
         "{cert} is not self-signed, and the certificates up to its root were not given ({detail})",
         "give the authorities above it in one PEM file: --chain F",
     )
-    INPUT_CONFIG = _input("config", "{path}: {detail}", "every key, and an example: docs/howto/configure-the-guard.md")
+    INPUT_CONFIG = _input("config", "{path}: {detail}", "see every key, and what it takes: handfast guard --keys")
     INPUT_NOT_CAPTURE = _input(
         "not_capture",
         "{what} is no recording of a network ({detail})",
@@ -373,8 +373,16 @@ class Reason(Enum):
     UPSTREAM_TLS = Row(
         "upstream.tls",
         "no TLS with {target}: {detail}",
-        "handfast inspect HOST:PORT shows it; trust its authority with ca = FILE, name it with server_name or expect",
+        "handfast inspect HOST:PORT shows it; in a file of handfast guard, ca = FILE in [upstream.NAME] trusts its "
+        "authority, and server_name or expect names it",
         Exit.UNREACHABLE,
+        502,
+    )
+    UPSTREAM_BUG = Row(
+        "upstream.bug",
+        "handfast failed in a way it should not, on its way to {target}: {detail}",
+        "please report it, with the request's line of the log",
+        Exit.BUG,
         502,
     )
     UPSTREAM_TIMEOUT = Row(
@@ -438,6 +446,18 @@ class Reason(Enum):
     )
     SEEN_NOT_MUTUAL = Row(
         "seen.not_mutual", "the server asks for no client certificate, so this is not mutual TLS", "", Exit.OK
+    )
+    SEEN_SEALED = Row(
+        "seen.sealed",
+        "what came of the handshake is encrypted, and the secrets that open it are not there",
+        "give the key log of either side: handfast explain RECORDING --keylog FILE",
+        Exit.USAGE,
+    )
+    SEEN_NOBODY = Row(
+        "seen.nobody",
+        "no client came to {place} within {limit} s",
+        "was the client told to call {place}? wait longer with --timeout SECONDS; without it, until Ctrl-C",
+        Exit.UNREACHABLE,
     )
 
     # A connection that was good and is not any more; and the guard itself.
@@ -574,6 +594,12 @@ class Reason(Enum):
         "give a certificate that it accepts, and with --path what that client may ask for; or give none",
         Exit.USAGE,
     )
+    AUDIT_NO_TLS = Row(
+        "audit.no_tls",
+        "{target} does not speak TLS: {detail}",
+        "check the port, and that TLS is switched on there; some protocols begin TLS later",
+        Exit.UNREACHABLE,
+    )
     AUDIT_UNKNOWN_CHECK = Row(
         "audit.unknown_check",
         "there is no check {value!r}",
@@ -582,6 +608,12 @@ class Reason(Enum):
     )
 
     UNREACHABLE = Row("unreachable", "{target} cannot be reached: {detail}", "is it running?", Exit.UNREACHABLE)
+    UNREACHABLE_NAME = Row(
+        "unreachable.name",
+        "{target} cannot be reached: its name leads to no address ({detail})",
+        "check the name, and what this machine makes of it: getent hosts {host}",
+        Exit.UNREACHABLE,
+    )
 
     @property
     def code(self) -> str:
@@ -622,8 +654,9 @@ class Failure:
 
     @property
     def hint(self) -> str:
-        """What to do next; may be empty."""
-        return self._fill(self.reason.value.hint)
+        """What to do next; may be empty. Where a case knows better than its row, it says so in the fact `remedy`."""
+        known = self.facts.get("remedy")
+        return known if isinstance(known, str) else self._fill(self.reason.value.hint)
 
     def as_json(self) -> dict[str, Any]:
         """The failure as JSON values: error, message, hint, facts."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
 
 from handfast.audit.catalogue import CHECKS
-from handfast.audit.model import Evidence, Finding, Outcome, Report, Severity, Verdict
+from handfast.audit.model import Evidence, Finding, Need, Outcome, Report, Severity, Verdict
 from handfast.audit.report import as_json, render_html, render_junit, render_sarif, render_text, summary
 
 HOSTILE = "<script>alert(1)</script>]]>&\"'\x00\x1b[2J\u202e"
@@ -100,6 +101,46 @@ def test_the_terminal_is_not_moved() -> None:
     text = render_text(report())
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", text)
     assert text.rstrip().endswith(summary(report()))
+
+
+def test_a_note_is_no_fail_in_any_format() -> None:
+    """What is only worth knowing is a note in JSON, SARIF and JUnit, so that who counts failures agrees with the exit
+    code; a hole is a fail in each.
+    """
+    for severity, word, level in ((Severity.INFO, "note", "note"), (Severity.HIGH, "fail", "error")):
+        check = next(one for one in CHECKS if one.severity is severity)
+        one = Report("x:1", "", "", "", (Finding(check, Outcome(Verdict.FAIL, "why"), 0.0),))
+        told = as_json(one)
+        assert ([f["verdict"] for f in told["findings"]], told["failed"]) == ([word], word == "fail")
+        assert json.loads(render_sarif(one))["runs"][0]["results"][0]["level"] == level
+        assert ElementTree.fromstring(render_junit(one)).attrib["failures"] == str(int(word == "fail"))
+        assert f'<details class="{word}"' in render_html(one)
+        assert f"{word.upper() if word == 'fail' else word}  {check.id}" in render_text(one)
+
+
+def test_what_could_be_tried_with_more_is_counted() -> None:
+    """The end of a report says how many checks more each option gives; what no option gives is not counted."""
+    whys = (Need.AUTHORITY.value, Need.AUTHORITY.value, Need.ECHO.value, Need.HTTP.value, "no ticket")
+    findings = tuple(
+        Finding(check, Outcome(Verdict.NOT_APPLICABLE, why), 0.0) for check, why in zip(CHECKS, whys, strict=False)
+    )
+    one = Report("x:1", "", "", "", findings)
+    lines = render_text(one).splitlines()
+    assert lines[-4:] == ["2 more checks with --ca F --ca-key F", "1 more check with --echo PATH", "", summary(one)]
+    assert as_json(one)["untried"] == {"--ca F --ca-key F": 2, "--echo PATH": 1}
+    assert "2 more checks with --ca F --ca-key F" in render_html(one)
+    assert "more check" not in render_text(replace(one, findings=findings[3:]))
+
+
+def test_a_server_without_tls_is_said_in_every_format() -> None:
+    """The last line, the page, JSON and SARIF say that no TLS was spoken; where it was, none does."""
+    one = Report("x:1", "no TLS: it hung up", "", "", (), "it hung up")
+    for report_, without in ((one, True), (replace(one, server="TLS 1.3", no_tls=""), False)):
+        assert render_text(report_).rstrip().endswith("x:1 does not speak TLS") is without
+        assert ("does not speak TLS" in render_html(report_)) is without
+        assert (as_json(report_)["no_tls"] is not None) is without
+        ran = json.loads(render_sarif(report_))["runs"][0]["invocations"][0]["executionSuccessful"]
+        assert ran is not without
 
 
 @pytest.mark.parametrize("severity", Severity)

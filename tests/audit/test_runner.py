@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 import threading
 import time
@@ -23,9 +24,9 @@ from tests.support.programs import free_port
 
 
 def check(attack: Callable[[Audit], Outcome], *needs: Need, seconds: float = 5) -> Check:
-    """A check that makes this attack."""
+    """A check that makes this attack, whatever the server speaks."""
     remedies = Remedies("", "", "", "", "")
-    return Check("test.check", "", "", Severity.HIGH, (), remedies, attack, needs, seconds)
+    return Check("test.check", "", "", Severity.HIGH, (), remedies, attack, needs, seconds, tls=False)
 
 
 def outcome(port: int, attack: Callable[[Audit], Outcome], *needs: Need, pace: Pace = FAST) -> Outcome:
@@ -64,10 +65,69 @@ def test_a_check_without_what_it_needs_is_not_made(need: Need) -> None:
     assert got == Outcome(Verdict.NOT_APPLICABLE, need.value)
 
 
+@pytest.mark.parametrize(
+    ("answer", "instead"),
+    [(b"HTTP/1.1 400 Bad Request\r\n\r\n", "HTTP/1.1 400"), (b"220 mail ESMTP\r\n", "220 mail")],
+    ids=["http", "smtp"],
+)
+def test_another_protocol_passes_nothing(answer: bytes, instead: str, authority: TestAuthority) -> None:
+    """Where no TLS is spoken, no check of TLS is made or passes, with a credential or without, and the report says
+    what came instead.
+    """
+
+    def speaks(connection: socket.socket) -> None:
+        connection.recv(4096)
+        connection.sendall(answer)
+
+    checks = [one for one in CHECKS if one.id.startswith("outsider.") and one.tls]
+    with scripted(speaks) as port:
+        for means in (Means(), Means(authority.client())):
+            report = run(prepare(target(port), means, FAST), checks, lambda *_: None)
+            assert {one.outcome.verdict for one in report.findings} <= {Verdict.INCONCLUSIVE, Verdict.NOT_APPLICABLE}
+            assert instead in report.no_tls
+
+
+def test_a_server_that_only_hangs_up_passes_nothing() -> None:
+    """Where a ClientHello gets no answer at all, attacks are made, and that they got nothing shows nothing."""
+    checks = choose(["outsider.no-certificate", "outsider.self-signed", "outsider.old-versions", "outsider.plaintext"])
+    with scripted(lambda connection: print(connection.recv(4096))) as port:
+        report = run(prepare(target(port), Means(), FAST), checks, lambda *_: None)
+    verdicts = {one.check.id: one.outcome.verdict for one in report.findings}
+    assert verdicts.pop("outsider.plaintext") is Verdict.PASS  # which needs no TLS to be shown
+    assert set(verdicts.values()) == {Verdict.INCONCLUSIVE}
+    assert "did not answer" in report.no_tls
+
+
+def test_an_alert_is_tls(authority: TestAuthority, tmp_path: Path) -> None:
+    """The negative twin: a server that takes nobody, and says so with an alert, speaks TLS; so does one that serves."""
+
+    def refuses(connection: socket.socket) -> None:
+        connection.sendall(b"\x15\3\3\0\2\2\x70")
+        while connection.recv(4096):  # a close with bytes unread would be a reset, which can overtake the alert
+            pass
+
+    with scripted(refuses) as port:
+        look = prepare(target(port), Means(), FAST).look
+    assert (look.facts, look.instead) == (None, "")
+    with nginx_with(authority, tmp_path, "ssl_verify_client on;") as port:
+        report = run(prepare(target(port), Means(), FAST), choose(["outsider.no-certificate"]), lambda *_: None)
+    assert (report.no_tls, report.findings[0].outcome.verdict) == ("", Verdict.PASS)
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "a..b", "a" * 70])
+def test_a_name_that_leads_nowhere(host: str) -> None:
+    """A host that is no name, or that nobody knows, ends as that; a port without a server does not."""
+    with pytest.raises(Unreachable) as missed:
+        prepare(replace(target(1), host=host), Means(), FAST)
+    assert missed.value.reason is Reason.UNREACHABLE_NAME
+    assert "getent hosts" in missed.value.hint
+
+
 def test_nothing_listens() -> None:
     """An audit of a port on which nothing listens ends as unreachable, not with a clean report."""
-    with pytest.raises(Unreachable):
+    with pytest.raises(Unreachable) as missed:
         prepare(target(free_port()), Means(), FAST)
+    assert missed.value.reason is Reason.UNREACHABLE
 
 
 def test_a_credential_that_is_not_taken_is_no_baseline(authority: TestAuthority, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from handfast.cli.main import _run
 from handfast.errors import Exit
 from handfast.testing import TestAuthority, TestLeaf
 from tests.audit.kit import nginx_with
+from tests.support.apps import App
 from tests.support.programs import free_port
 
 CERTIFICATES = ("--only", "outsider.no-certificate", "--only", "outsider.self-signed")
@@ -60,6 +61,35 @@ def test_what_is_only_worth_knowing_ends_with_0(capsys: pytest.CaptureFixture[st
     code, out, _ = ran(capsys, right, "--only", "outsider.authority-names")
     assert code == Exit.OK
     assert out.rstrip().endswith("1 worth knowing")
+    _, out, err = ran(capsys, right, "--only", "outsider.authority-names", "--json")
+    assert [one["verdict"] for one in json.loads(out)["findings"]] == ["note"]
+    assert err.split()[1] == "note"
+
+
+def test_a_port_without_tls_is_no_clean_report(capsys: pytest.CaptureFixture[str]) -> None:
+    """What speaks no TLS ends with 6 and a clear word, also in JSON; the way around TLS is the hole that it is: 3."""
+    with App() as app:
+        code, out, err = ran(capsys, app.address, *CERTIFICATES)
+        assert code == Exit.UNREACHABLE
+        assert "????  outsider.no-certificate (critical)" in out
+        assert out.rstrip().endswith(f"{app.address} does not speak TLS")
+        assert "[audit.no_tls]" in err
+        code, out, _ = ran(capsys, app.address, *CERTIFICATES, "--json")
+        assert (code, bool(json.loads(out)["no_tls"])) == (Exit.UNREACHABLE, True)
+        code, out, _ = ran(capsys, app.address, *CERTIFICATES, "--only", "outsider.plaintext")
+        assert (code, "FAIL  outsider.plaintext" in out) == (Exit.REFUSED, True)
+
+
+def test_what_more_there_is_to_try_is_said(
+    capsys: pytest.CaptureFixture[str], right: str, authority: TestAuthority, tmp_path: Path
+) -> None:
+    """Without the authority's key it is said how many checks that would give; with it, no more."""
+    only = ("--only", "insider.expired", "--only", "insider.not-yet-valid")
+    _, out, _ = ran(capsys, right, *only)
+    assert "2 more checks with --ca F --ca-key F" in out
+    key = TestLeaf(authority.key, ()).save(tmp_path, "authority")[1]
+    _, out, _ = ran(capsys, right, *only, "--ca", authority.save(tmp_path, "the"), "--ca-key", key)
+    assert "more check" not in out
 
 
 def test_every_format_at_once(capsys: pytest.CaptureFixture[str], open_to_all: str, tmp_path: Path) -> None:
@@ -129,6 +159,7 @@ def test_the_list_needs_no_server(capsys: pytest.CaptureFixture[str]) -> None:
         (("localhost:1", "--mitm", "curl"), Exit.USAGE),
         (("localhost:1", "--ca-key", "x"), Exit.USAGE),
         (("localhost:1", "--as", "nobody"), Exit.NOT_FOUND),
+        (("nowhere.invalid:1",), Exit.UNREACHABLE),
         (("localhost:1", "--cert", "missing", "--key", "missing"), Exit.NOT_FOUND),
     ],
 )

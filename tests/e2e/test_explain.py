@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import stat
 import threading
@@ -57,9 +58,26 @@ def test_a_refusal_exits_3_with_its_cause(call: Caller, server: str) -> None:
 
 
 def test_nobody_there_exits_6(call: Caller) -> None:
-    """A port on which nothing listens, and a host that does not exist, are unreachable."""
+    """A port on which nothing listens, and a host that does not exist, are unreachable, each in its own words."""
     assert call.refused("explain", f"127.0.0.1:{free_port()}") == (Exit.UNREACHABLE, "unreachable")
-    assert call.refused("explain", "nowhere.invalid:443", "--timeout", "5") == (Exit.UNREACHABLE, "unreachable")
+    assert call.refused("explain", "nowhere.invalid:443", "--timeout", "5") == (Exit.UNREACHABLE, "unreachable.name")
+    assert "next: check the name" in call("explain", "nowhere.invalid:443").err
+
+
+def test_a_refusal_in_a_closed_recording_is_not_taken_for_success(call: Caller, server: str) -> None:
+    """A refused handshake whose recording stays closed: exit 2 and the command that would tell; with the key log, 3.
+    With another connection's key log it is said that it does not fit.
+    """
+    expired = ("--cert", "expired.crt", "--key", "expired.key", "--timeout", "5")
+    call("explain", server, *expired, "--pcap", "bad.pcap", "--keylog", "bad.keys")
+    call("explain", server, *OWN, "--pcap", "good.pcap", "--keylog", "good.keys")
+    closed = call("explain", "bad.pcap")
+    assert closed.code == Exit.USAGE
+    assert "UNKNOWN" in closed.out
+    assert "next: handfast explain bad.pcap --keylog FILE" in closed.out
+    other = call("explain", "bad.pcap", "--keylog", "good.keys")
+    assert (other.code, "good.keys holds no secrets of this connection" in other.err) == (Exit.USAGE, True)
+    assert call("explain", "bad.pcap", "--keylog", "bad.keys").code == Exit.REFUSED
 
 
 def test_the_files_are_written_and_the_secrets_kept(call: Caller, server: str, tmp_path: Path) -> None:
@@ -76,6 +94,8 @@ def test_the_files_are_written_and_the_secrets_kept(call: Caller, server: str, t
     names = [step["message"] for step in outcome.json["steps"] if step["message"] != "application data"]
     assert sorted(names) == sorted(s["message"] for s in again.json["steps"] if s["message"] != "application data")
     closed = call("explain", "x.pcap", "--json")
+    assert (closed.code, closed.json["verdict"]["reason"]) == (Exit.USAGE, "seen.sealed")
+    assert closed.json["verdict"]["command"] == "handfast explain x.pcap --keylog FILE"
     assert "CertificateRequest" not in {step["message"] for step in closed.json["steps"]}
     assert "x.keys" not in call("explain", server, *OWN, "--pcap", "y.pcap").err
 
@@ -117,9 +137,13 @@ def test_a_file_that_is_no_recording_is_refused(
         (("127.0.0.1:1", "--reason", "bug"), "usage"),
         (("127.0.0.1:1", "--cert", "x"), "usage"),
         (("--listen", "127.0.0.1:0", "--cert", "x"), "usage"),
-        (("not-a-place",), "input.missing"),
+        (("not-a-place.pcap",), "input.missing"),
+        (("folder/not-a-place",), "input.missing"),
+        (("localhost",), "input.address"),
+        (("http://localhost:8443/",), "input.address"),
+        (("https://localhost:99999/",), "input.address"),
         (("localhost:99999",), "input.address"),
-        (("127.0.0.1:1", "--as", "nobody"), "input.missing"),
+        (("127.0.0.1:1", "--as", "nobody"), "connect.no_credential"),
         (("127.0.0.1:1", "--ca", "missing.crt"), "input.missing"),
         (("--reason", "nonsense"), "input.reason"),
         (("127.0.0.1:1", "--sni", "bad..name"), "input.name"),
@@ -128,6 +152,22 @@ def test_a_file_that_is_no_recording_is_refused(
 def test_what_cannot_be_meant_is_refused(call: Caller, words: tuple[str, ...], reason: str) -> None:
     """Options that do not go together, and files and names that are not there, are refused in words."""
     assert call.refused("explain", *words)[1] == reason
+
+
+def test_a_url_and_a_name_without_a_port(call: Caller, server: str, tmp_path: Path) -> None:
+    """A URL is called at its host and port; for a bare name the port is asked for; a file of that name is read."""
+    assert call("explain", f"https://localhost:{server.rpartition(':')[2]}/x", *OWN).code == Exit.OK
+    assert "give HOST:PORT, as localhost:443" in call("explain", "localhost").err
+    (tmp_path / "localhost").write_bytes(b"no recording")
+    assert call.refused("explain", "localhost") == (Exit.USAGE, "input.not_capture")
+
+
+def test_a_client_that_is_not_there_is_told_where_it_would_be(call: Caller, tmp_path: Path) -> None:
+    """`--as NAME` without its files says which folder was looked in, and what makes them."""
+    err = call("explain", "127.0.0.1:1", "--as", "nobody", "--state", "state").err
+    clients = tmp_path / "state" / "clients"
+    assert f"in {clients}, nor in this folder [connect.no_credential]" in err
+    assert f"next: make one: handfast issue nobody --out {clients}" in err
 
 
 def test_a_reason_is_explained(call: Caller) -> None:
@@ -146,6 +186,19 @@ def _listening(folder: Path, *words: str | Path) -> Child:
 
 def _last(child: Child) -> Any:
     return json.loads(child.line(r'"verdict"'))
+
+
+def test_the_wait_for_a_client_ends(call: Caller, tmp_path: Path) -> None:
+    """With `--timeout` nobody's coming ends it; without, it says that it waits until Ctrl-C, and does."""
+    Files(tmp_path)
+    files = ("--cert", "server.crt", "--key", "server.key", "--client-ca", "ca.crt", "--listen", "127.0.0.1:0")
+    waited = call("explain", *files, "--timeout", "0.3")
+    assert (waited.code, "[seen.nobody]" in waited.err) == (Exit.UNREACHABLE, True)
+    assert ", for 0.3 s" in waited.out
+    with Child((*HANDFAST, "explain", *files), tmp_path, merge=False) as child:
+        assert child.line("waiting for a client").strip().endswith(", until Ctrl-C")
+        child._process.send_signal(signal.SIGINT)
+        assert child._process.wait(PATIENCE) == Exit.REFUSED
 
 
 def test_the_servers_side_of_the_next_client_is_explained(tmp_path: Path) -> None:

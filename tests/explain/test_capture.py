@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import struct
 from dataclasses import replace
@@ -15,9 +16,11 @@ from hypothesis import strategies as st
 
 from handfast.errors import InvalidInput, Reason
 from handfast.explain.capture import Stream, read_capture, write_capture
-from handfast.explain.model import Ending, Known, Recording
+from handfast.explain.draw import draw
+from handfast.explain.model import Ending, Known, Recording, Result
+from handfast.explain.page import render_page
 from handfast.explain.probe import call
-from handfast.explain.story import explain
+from handfast.explain.story import as_json, explain
 from handfast.explain.unseal import is_tls, parse_keylog, read_stream
 from handfast.wire.records import Chunk, Side
 from tests.explain.kit import CLIENTS, LIMITS, REQUEST, Files, caller
@@ -92,6 +95,13 @@ def test_without_its_key_log_a_recording_stays_closed(tmp_path: Path) -> None:
             "ChangeCipherSpec",
         }
         assert "key log" in found.verdict.text
+        assert (found.verdict.result, found.verdict.reason) == (Result.UNKNOWN, Reason.SEEN_SEALED)
+        assert not found.verdict.worked
+        assert json.dumps(as_json(found)).count('"worked": null') == 1
+        assert "UNKNOWN  What came of it is encrypted [seen.sealed]" in draw(found)
+        assert "Unknown: What came of it" in render_page(found)
+    opened = explain(read_stream(stream, parse_keylog(b"\n".join(live.keylog))), Known(live.began))
+    assert (opened.verdict.result, opened.verdict.reason) == (Result.FAILS, Reason.VERIFY_EXPIRED)
 
 
 @pytest.mark.parametrize("only_tls12", [False, True])

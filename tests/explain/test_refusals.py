@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from handfast.errors import Reason
-from handfast.explain.model import Ending, Sure, Who
+from handfast.explain.model import Ending, Known, Sure, Who
+from handfast.explain.probe import call
+from handfast.explain.story import as_json, explain
 from handfast.policy import parse_policy
 from tests.explain.kit import (
     CLIENTS,
     HOUR,
     ISSUER,
+    LIMITS,
     NOW,
     OTHER,
     ROOT,
     Files,
     called,
+    caller,
     plain_server,
     revocation_list,
     watching,
@@ -184,6 +190,65 @@ def test_nginx_answers_in_http_and_is_understood(tmp_path: Path) -> None:
             assert (verdict.worked, verdict.reason) == (False, REFUSED[name][0]), name
             assert "nginx" in verdict.text
             assert verdict.sure is (Sure.CERTAIN if name == "none" else Sure.LIKELY)
+
+
+@pytest.mark.parametrize("server", ["nginx", "openssl"])
+def test_an_authority_that_is_not_named_outweighs_an_expiry(tmp_path: Path, server: str) -> None:
+    """A certificate that is expired and of an authority that the server does not name: both are told, the authority
+    first, for a renewal would be refused too. Either fault alone is told alone.
+    """
+    Files(tmp_path)
+    both = OTHER.client(not_before=NOW - 9 * HOUR, not_after=NOW - HOUR)
+    with _nginx(tmp_path) if server == "nginx" else s_server(*FILES, *MUST, folder=tmp_path) as (port, _):
+        verdict = called(port, both).verdict
+        assert verdict.reason is Reason.VERIFY_UNKNOWN_ISSUER
+        assert verdict.besides == ("the client's certificate has expired [verify.expired]",)
+        assert ("refused next" in verdict.text) is (server == "nginx")
+        for name in ("other", "expired"):
+            verdict = called(port, CLIENTS[name]).verdict
+            assert (verdict.reason, verdict.besides) == (REFUSED[name][0], ()), name
+
+
+@contextmanager
+def _nginx(folder: Path) -> Iterator[tuple[int, None]]:
+    """nginx that asks for a client certificate of the authority."""
+    port = free_port()
+    server = (
+        f"server {{ listen 127.0.0.1:{port} ssl; ssl_certificate server.crt; ssl_certificate_key server.key;"
+        " ssl_client_certificate ca.crt; ssl_verify_client on; location / { return 200 hello; } }"
+    )
+    with nginx(server, folder):
+        yield port, None
+
+
+def test_what_we_asked_and_were_answered_is_told(tmp_path: Path) -> None:
+    """Our request, why it waited, and the answer stand at their records; where nothing was sent, nothing is told. The
+    server is said not to be judged where it was not.
+    """
+    Files(tmp_path)
+    with _nginx(tmp_path) as (port, _):
+        judged = called(port, CLIENTS["good"])
+        bare = called(port, None, bundle=None)
+        silent = explain(call("127.0.0.1", port, caller(CLIENTS["good"]), LIMITS), Known(datetime.now(UTC)))
+    said = [step.purpose for step in judged.steps if step.name == "application data"]
+    assert said[0].startswith("Our request: GET /. It waited 0.")
+    assert said[1] == "The answer: 200."
+    assert [step.purpose for step in bare.steps if step.name == "application data"][-1] == "The answer: 400."
+    assert not any("Our request" in step.purpose for step in silent.steps)
+    assert "not judged" not in judged.verdict.text
+    assert "The server's certificate was not judged" in bare.verdict.text
+
+
+def test_a_clients_path_is_not_told() -> None:
+    """From the server's side the client's method is told, and not its path, which may hold a secret."""
+    good = CLIENTS["good"]
+    assert good is not None
+    with watching() as watched:
+        request = b"GET /?token=geheim HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        call("127.0.0.1", watched.port, caller(good), LIMITS, request)
+    said = [step.purpose for step in watched.found[0].steps if step.name == "application data"]
+    assert said == ["The client's request: GET.", "Our answer: 204."]
+    assert "geheim" not in str(as_json(watched.found[0]))
 
 
 def test_a_guard_gives_its_reason_and_it_is_understood() -> None:

@@ -169,7 +169,8 @@ def test_two_faults_are_both_told() -> None:
     fault = Failure(Reason.VERIFY_EXPIRED, {"subject": "x"})
     verdict = _alerted(NEW, 44, peer_faults=(fault,))
     assert verdict.reason is Reason.VERIFY_EXPIRED
-    assert any("revoked" in other for other in verdict.also)
+    assert any("verify.revoked" in other for other in verdict.besides)
+    assert _alerted(NEW, 44, peer_faults=()).besides == ()
 
 
 def test_a_scene_holds_what_was_shown() -> None:

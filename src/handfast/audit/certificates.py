@@ -158,7 +158,7 @@ def _leaf_as_issuer(audit: Audit) -> Outcome:
 def _authority_names(audit: Audit) -> Outcome:
     names = [name.rfc4514_string() for name in audit.look.authorities]
     if audit.look.facts is None:
-        return not_applicable("the server does not speak TLS")
+        return not_applicable("the server ended the handshake before it would have named any")
     if not names:
         return passed("the server names no authorities in its CertificateRequest")
     evidence = Evidence.of("a ClientHello", f"CertificateRequest: {'; '.join(names)}")

@@ -124,6 +124,7 @@ CHECKS = (
         _PLAIN,
         _plaintext,
         seconds=60,
+        tls=False,
     ),
     Check(
         "outsider.plaintext-first",

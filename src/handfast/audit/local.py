@@ -299,6 +299,7 @@ def fold(reports: Sequence[tuple[str, Report]], *more: Finding) -> Report:
         baseline=first.baseline,
         began=min(report.began for _, report in reports),
         findings=_in_order([*map(_worst, by_check.values()), *more]),
+        no_tls="; ".join(f"{name}: {report.no_tls}" for name, report in reports if report.no_tls),
     )
 
 

@@ -185,5 +185,6 @@ CHECKS = (
         _middle,
         needs=(Need.CLIENT,),
         seconds=90,
+        tls=False,
     ),
 )

@@ -51,6 +51,11 @@ class Need(StrEnum):
     OTHER = "needs a second listener: --other HOST:PORT"
     PID = "needs the server's process on this machine: --pid N"
 
+    @property
+    def option(self) -> str:
+        """The options that fill it; '' where none does."""
+        return self.value.partition(": ")[2]
+
 
 @dataclass(frozen=True, slots=True)
 class Remedies:
@@ -102,7 +107,8 @@ class Outcome:
 class Check:
     """One attack. `run` makes it and never decides by its own failure: an exception is inconclusive.
 
-    `id` is CLASS.NAME and does not change. `seconds` bounds one run; a slow check says more than the usual.
+    `id` is CLASS.NAME and does not change. `seconds` bounds one run; a slow check says more than the usual. `tls`: it
+    says nothing of a server that does not speak TLS, and is not made there.
     """
 
     id: str
@@ -114,6 +120,7 @@ class Check:
     run: Callable[[Audit], Outcome]
     needs: tuple[Need, ...] = ()
     seconds: float = 20.0
+    tls: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,16 +136,25 @@ class Finding:
         """Whether this alone makes the audit fail."""
         return self.outcome.verdict is Verdict.FAIL and self.check.severity is not Severity.INFO
 
+    @property
+    def word(self) -> str:
+        """The verdict in a word. A failure that is only worth knowing is a `note`: who counts `fail` counts holes."""
+        return "note" if self.outcome.verdict is Verdict.FAIL and not self.failed else self.outcome.verdict.value
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All findings of one audit, the worst first, and what was audited. `baseline`: what an accepted request got."""
+    """All findings of one audit, the worst first, and what was audited. `baseline`: what an accepted request got.
+
+    `no_tls`: what came in place of TLS, in words; '' where TLS is spoken.
+    """
 
     target: str
     server: str
     baseline: str
     began: str  # ISO 8601, UTC
     findings: tuple[Finding, ...]
+    no_tls: str = ""
 
     @property
     def failed(self) -> bool:
@@ -148,6 +164,13 @@ class Report:
     def count(self, verdict: Verdict) -> int:
         """How many findings came to this verdict."""
         return sum(finding.outcome.verdict is verdict for finding in self.findings)
+
+    @property
+    def untried(self) -> dict[Need, int]:
+        """How many checks were not made for want of what an option gives, the most first."""
+        whys = [one.outcome.why for one in self.findings if one.outcome.verdict is Verdict.NOT_APPLICABLE]
+        counts = {need: whys.count(need.value) for need in Need if need.option}
+        return {need: counts[need] for need in sorted(counts, key=lambda one: -counts[one]) if counts[need]}
 
 
 def passed(why: str, *evidence: Evidence) -> Outcome:

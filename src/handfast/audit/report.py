@@ -40,10 +40,8 @@ _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 
 def mark(finding: Finding) -> str:
-    """The verdict in four letters; a failure that is only worth knowing is a note."""
-    if finding.outcome.verdict is Verdict.FAIL and not finding.failed:
-        return "note"
-    return _MARK[finding.outcome.verdict]
+    """The verdict in four letters."""
+    return "note" if finding.word == "note" else _MARK[finding.outcome.verdict]
 
 
 def summary(report: Report) -> str:
@@ -56,7 +54,13 @@ def summary(report: Report) -> str:
         f"{report.count(Verdict.INCONCLUSIVE)} inconclusive",
         f"{report.count(Verdict.NOT_APPLICABLE)} not applicable",
     ]
-    return ", ".join(parts) + (f", {notes} worth knowing" if notes else "")
+    said = ", ".join(parts) + (f", {notes} worth knowing" if notes else "")
+    return f"{said}; {report.target} does not speak TLS" if report.no_tls else said
+
+
+def untried(report: Report) -> list[str]:
+    """What more could be tried, a line for each option that it takes."""
+    return [f"{count} more check{'s' * (count > 1)} with {need.option}" for need, count in report.untried.items()]
 
 
 def render_text(report: Report) -> str:
@@ -67,7 +71,8 @@ def render_text(report: Report) -> str:
         lines.append(f"      {_line(finding.outcome.why)}")
         if finding.outcome.verdict is Verdict.FAIL:
             lines += _detail(finding)
-    return "\n".join([*lines, "", summary(report), ""])
+    more = untried(report)
+    return "\n".join([*lines, *([""] * bool(more)), *more, "", summary(report), ""])
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -78,6 +83,8 @@ def as_json(report: Report) -> dict[str, Any]:
         "baseline": report.baseline,
         "began": report.began,
         "failed": report.failed,
+        "no_tls": report.no_tls or None,
+        "untried": {need.option: count for need, count in report.untried.items()},
         "findings": [_finding(one) for one in report.findings],
     }
 
@@ -94,7 +101,9 @@ def render_sarif(report: Report) -> str:
     tool_run = {
         "tool": {"driver": driver},
         "results": results,
-        "invocations": [{"executionSuccessful": True, "startTimeUtc": report.began.replace("+00:00", "Z")}],
+        "invocations": [
+            {"executionSuccessful": not report.no_tls, "startTimeUtc": report.began.replace("+00:00", "Z")}
+        ],
     }
     schema = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
     return json.dumps({"$schema": schema, "version": "2.1.0", "runs": [tool_run]}, indent=2) + "\n"
@@ -131,13 +140,14 @@ def render_html(report: Report) -> str:
 <body>
 <main>
 <h1>{title}</h1>
-<p class="lead {"bad" if report.failed else "good"}">{html.escape(summary(report))}</p>
+<p class="lead {"bad" if report.failed or report.no_tls else "good"}">{html.escape(summary(report))}</p>
 <dl>
 <dt>Server</dt><dd>{html.escape(report.server)}</dd>
 <dt>An accepted request gets</dt><dd>{html.escape(report.baseline)}</dd>
 <dt>Begun</dt><dd>{html.escape(report.began)}, by handfast {html.escape(handfast.__version__)}</dd>
 </dl>
 {rows}
+{"".join(f"<p>{html.escape(line)}</p>" for line in untried(report))}
 </main>
 </body>
 </html>
@@ -157,7 +167,7 @@ def _finding(finding: Finding) -> dict[str, Any]:
     check, outcome = finding.check, finding.outcome
     return {
         "id": check.id,
-        "verdict": outcome.verdict.value,
+        "verdict": finding.word,
         "severity": check.severity.value,
         "why": outcome.why,
         "attack": check.attack,
@@ -216,7 +226,7 @@ def _row(finding: Finding) -> str:
     remedies = "".join(f"<dt>{said(product)}</dt><dd>{said(remedy)}</dd>" for product, remedy in check.remedies.items())
     verdict = mark(finding).strip().replace("?", "")
     name = {"": "inconclusive", "n/a": "not applicable"}.get(verdict, verdict.lower())
-    return f"""<details class="{outcome.verdict}"{" open" if finding.failed else ""}>
+    return f"""<details class="{finding.word}"{" open" if finding.failed else ""}>
 <summary><b>{name}</b> <code>{said(check.id)}</code> <i>{check.severity}</i><br>{said(outcome.why)}</summary>
 <p>{said(check.attack)} A pass shows: {said(check.proves)}</p>
 <dl>{evidence}</dl>

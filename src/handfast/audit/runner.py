@@ -3,7 +3,9 @@
 Theory of operation. `prepare` looks at the server and, with a credential, makes one good request: the baseline.
 `run` gives each check an `Audit`, its only way to the network: every connection goes to the one address that the
 user named, is counted, and waits its turn. At most `Pace.at_once` connections are open at a time; a gentle pace has
-one, and pauses between two. A check that raises, or outlasts its time, is inconclusive; it never passes.
+one, and pauses between two. A check that raises, or outlasts its time, is inconclusive; it never passes. Where the
+first look finds another protocol, there is no baseline, and only checks that can do without TLS are made; where it
+finds nothing at all, holes are still found, and a pass shows nothing.
 """
 
 from __future__ import annotations
@@ -19,13 +21,16 @@ from pathlib import Path
 
 from cryptography import x509
 
-from handfast.audit.model import Check, Finding, Need, Outcome, Report, Verdict, not_applicable, unclear
+from handfast.audit.model import Check, Finding, Need, Outcome, Report, Verdict, not_applicable, shown, unclear
 from handfast.audit.oracle import Reach, Reply, must_be_refused, reach
 from handfast.audit.wires import Flight, Silence, Wire, call, shake_hands, whole
 from handfast.errors import HandfastError, InvalidInput, Reason, Unreachable
 from handfast.testing import TestAuthority, TestLeaf
 from handfast.tls.client import ServerFacts
 from handfast.tls.probe import Offer, Probe, ProbeRefused, Session
+
+_TLS_RECORDS = (20, 21, 22, 23)  # RFC 8446 B.1
+_MOST_SHOWN = 40  # bytes of what came in place of TLS
 
 Progress = Callable[[Check, Outcome | None], None]  # a check begins (None) or has ended
 
@@ -116,7 +121,8 @@ class Client:
 class Look:
     """What the server shows to a client without a certificate. Nothing in it is verified.
 
-    `facts` is None where no TLS handshake could be had. `tls12`: the server speaks it; `tls13` likewise.
+    `facts` is None where no TLS handshake could be had. `tls12`: the server speaks it; `tls13` likewise. `alien`: what
+    came in place of TLS, b'' if nothing did; None where the server spoke TLS, if only to refuse.
     """
 
     facts: ServerFacts | None
@@ -124,6 +130,16 @@ class Look:
     tls12: bool = False
     tls13: bool = False
     http: bool = False
+    alien: bytes | None = None
+
+    @property
+    def instead(self) -> str:
+        """What came in place of TLS, in words; '' where the server spoke TLS."""
+        if self.alien is None:
+            return ""
+        if not self.alien:
+            return "it did not answer a ClientHello, not even with an alert"
+        return f'it answered a ClientHello with "{shown(self.alien[:_MOST_SHOWN])}"'
 
     @property
     def leaf(self) -> x509.Certificate | None:
@@ -132,7 +148,7 @@ class Look:
 
     def __str__(self) -> str:
         if self.facts is None:
-            return "no TLS"
+            return f"no TLS: {self.instead}" if self.instead else "TLS, and every handshake ended by the server"
         spoken = " and ".join(v for v, on in (("TLS 1.3", self.tls13), ("TLS 1.2", self.tls12)) if on)
         return f"{spoken}; {self.facts.version}, {self.facts.cipher}, {self.facts.group}"
 
@@ -243,14 +259,15 @@ class Audit:
 
 def prepare(target: Target, means: Means, pace: Pace) -> Audit:
     """Look at the endpoint and make the baseline. Raises Unreachable, and InvalidInput (AUDIT_BASELINE) where a
-    client with the credential is refused: its refusal could not be told from an attacker's.
+    client with the credential is refused: its refusal could not be told from an attacker's. Where no TLS is spoken,
+    there is no baseline.
     """
     turns = _Turns(pace)
     audit = Audit(target, means, pace, Look(None), None, time.monotonic() + pace.whole, turns)
     with audit.connect():  # there must be something to audit
         pass
     looked = replace(audit, look=_look(audit))
-    if means.credential is None:
+    if means.credential is None or looked.look.instead:
         return looked
     baseline = looked.call(means.credential)
     reached, why = reach(baseline, None)
@@ -272,8 +289,14 @@ def run(audit: Audit, checks: Sequence[Check], progress: Progress) -> Report:
             raise
     order = list(Verdict)
     findings.sort(key=lambda one: (order.index(one.outcome.verdict), one.check.severity.rank, one.check.id))
-    base = "none: no credential was given" if audit.baseline is None else str(audit.baseline).splitlines()[0]
-    return Report(str(audit.target), str(audit.look), base, began.isoformat(timespec="seconds"), tuple(findings))
+    said = began.isoformat(timespec="seconds")
+    return Report(str(audit.target), str(audit.look), _base(audit), said, tuple(findings), audit.look.instead)
+
+
+def _base(audit: Audit) -> str:
+    if audit.baseline is not None:
+        return str(audit.baseline).splitlines()[0]
+    return "nothing: no TLS is spoken" if audit.look.instead else "none: no credential was given"
 
 
 def lacks(audit: Audit, check: Check) -> Need | None:
@@ -299,10 +322,16 @@ def _one(audit: Audit, check: Check, ends: float, progress: Progress) -> Finding
     missing = lacks(audit, check)
     if missing is not None:
         outcome = not_applicable(missing.value)
+    elif check.tls and audit.look.alien:
+        outcome = unclear("the server does not speak TLS, so nothing is shown")
     elif began >= ends:
         outcome = unclear("the time for the whole audit was up before its turn came")
     else:
         outcome = _tried(replace(audit, deadline=min(began + check.seconds, ends)), check)
+        if check.tls and audit.look.instead and outcome.verdict is Verdict.PASS:
+            outcome = unclear(
+                f"the server speaks TLS with nobody, so this shows nothing: {outcome.why}", *outcome.evidence
+            )
     progress(check, outcome)
     return Finding(check, outcome, time.monotonic() - began)
 
@@ -326,20 +355,25 @@ def _cancel(futures: Sequence[Future[Finding]]) -> None:
 
 
 def _look(audit: Audit) -> Look:
-    newest, first = _glance(audit, tls12=False)
-    older, second = _glance(audit, tls12=True)
+    newest, first, alien = _glance(audit, tls12=False)
+    older, second, alien_too = _glance(audit, tls12=True)
     seen = newest or older
     if seen is None:
-        return Look(None)
+        return Look(None, alien=None if alien is None or alien_too is None else alien or alien_too)
     # Without a handshake OpenSSL says the highest version that it would speak: only a finished one counts.
     facts, tls13 = seen.facts, newest is not None and newest.facts.version == "TLSv1.3"
     spoken = any(reply.status is not None for reply in (first, second))
     return Look(facts, seen.accepted_authorities, older is not None, tls13, spoken)
 
 
-def _glance(audit: Audit, tls12: bool) -> tuple[Probe | None, Reply]:
-    """A client without a certificate; the probe where the server spoke TLS with it, refused or not."""
+def _glance(audit: Audit, tls12: bool) -> tuple[Probe | None, Reply, bytes | None]:
+    """A client without a certificate; the probe where it came to a handshake, refused or not; and what came in place
+    of TLS, None where at least an alert did.
+    """
     with audit.connect() as wire:
         reply, probe = call(wire, audit.offer(tls12=tls12), audit.request)
     spoke = probe is not None and (probe.done or bool(probe.facts.chain))
-    return probe if spoke else None, reply
+    received = b"".join(wire.received)
+    if spoke or reply.alert or (received and received[0] in _TLS_RECORDS and received[1:2] in (b"", b"\3")):
+        return probe if spoke else None, reply, None
+    return None, reply, received

@@ -45,6 +45,9 @@ class Wire:
         """Connect. Raises Unreachable."""
         try:
             plain = socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.01))
+        except (UnicodeError, socket.gaierror) as error:
+            detail = (error.strerror or str(error)).lower() if isinstance(error, OSError) else "it is not a name"
+            raise Unreachable(Reason.UNREACHABLE_NAME, target=f"{host}:{port}", host=host, detail=detail) from None
         except OSError as error:
             detail = (error.strerror or str(error)).lower()
             raise Unreachable(Reason.UNREACHABLE, target=f"{host}:{port}", detail=detail) from None

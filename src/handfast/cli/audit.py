@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from handfast.audit.catalogue import choose
 from handfast.audit.middle import CLIENTS
-from handfast.audit.model import Check, Outcome, Report
+from handfast.audit.model import Check, Finding, Outcome, Report
 from handfast.audit.report import as_json as report_json
 from handfast.audit.report import render_html, render_junit, render_sarif, render_text
 from handfast.audit.runner import GENTLE, Client, Means, Pace, Progress, Target, prepare, run
@@ -28,10 +29,11 @@ from handfast.cli.output import (
     key_passphrase_option,
     note,
     passphrase_option,
+    print_error,
     print_json,
     state_option,
 )
-from handfast.errors import Exit, InvalidInput, Reason
+from handfast.errors import Exit, Failure, HandfastError, InvalidInput, Reason
 from handfast.files import load_key, write_public
 from handfast.pki.keys import same_key
 from handfast.pki.names import parse_dns, parse_name
@@ -89,7 +91,8 @@ def audit_(address: str | None, list_checks: bool, only: tuple[str, ...], as_jso
     """Attack the mutual-TLS server at HOST:PORT with what mutual TLS is meant to stop, and report what held.
 
     Only for servers that are yours to test. Nothing is sent anywhere else. With a certificate that the server
-    accepts (--cert or --as), more checks are made, and all are surer. Exit 3: a hole was found.
+    accepts (--cert or --as), more checks are made, and all are surer. Exit 3: a hole was found; 6: nobody
+    answers there, or nobody who speaks TLS.
 
     --local attacks a guard that it starts itself, and leaves nothing behind.
     """
@@ -107,7 +110,11 @@ def audit_(address: str | None, list_checks: bool, only: tuple[str, ...], as_jso
         audit = prepare(_target(address, ask), _means(ask), _pace(ask))
         report = run(audit, checks, _progress(len(checks)))
     _write(report, ask, as_json)
-    return Exit.REFUSED if report.failed else Exit.OK
+    code = Exit.OK
+    if report.no_tls:
+        failure = Failure(Reason.AUDIT_NO_TLS, {"target": report.target, "detail": report.no_tls})
+        code = print_error(failure, as_json=False, hint=failure.hint)  # standard output has the report
+    return Exit.REFUSED if report.failed else code
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +213,11 @@ def _credential(ask: _Asked, authority: TestAuthority | None) -> TestLeaf | None
     base = folder / "clients" / file_base(name)
     if authority is not None and ask.ca_key is not None:
         return authority.client(ask.as_name)
-    return _leaf(load_credential(base.with_name(f"{base.name}.crt"), base.with_name(f"{base.name}.key"), secret))
+    cert, key = base.with_name(f"{base.name}.crt"), base.with_name(f"{base.name}.key")
+    if not cert.exists():
+        following = f"handfast issue {shlex.quote(ask.as_name)} --out {shlex.quote(str(base.parent))}"
+        raise HandfastError(Reason.CONNECT_NO_CREDENTIAL, name=ask.as_name, path=str(base.parent), next=following)
+    return _leaf(load_credential(cert, key, secret))
 
 
 def _leaf(credential: Credential) -> TestLeaf:
@@ -251,7 +262,7 @@ def _progress(total: int) -> Progress:
     def told(check: Check, outcome: Outcome | None) -> None:
         if outcome is not None:
             with lock:
-                note(f"{next(done):3}/{total} {outcome.verdict.value:<14} {check.id}")
+                note(f"{next(done):3}/{total} {Finding(check, outcome, 0.0).word:<14} {check.id}")
 
     return told
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import socket
 import sys
 from dataclasses import dataclass, replace
@@ -21,10 +23,10 @@ from handfast.cli.output import (
     print_json,
     state_option,
 )
-from handfast.errors import Exit, InvalidInput, Reason, Unreachable
+from handfast.errors import Exit, HandfastError, InvalidInput, Reason, Unreachable
 from handfast.explain.capture import MAX_CAPTURE, read_capture, write_capture
 from handfast.explain.draw import draw
-from handfast.explain.model import Explanation, Known
+from handfast.explain.model import Explanation, Known, Result
 from handfast.explain.page import render_page
 from handfast.explain.probe import Limits, answer, call
 from handfast.explain.reasons import all_codes, meaning_of
@@ -53,6 +55,11 @@ _ISSUED_FOR = timedelta(hours=1)  # the server certificate that --listen gets fr
 _RUNS = 3  # handshakes of each kind that are timed
 _MOST_STREAMS = 1000  # of a file that are looked at for one that fails
 _KEYLOG_LIMIT = 16 << 20  # bytes
+_USUAL_WAIT = 10.0  # seconds
+_HOST = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
+_RECORDINGS = (".pcap", ".pcapng", ".cap", ".dmp", ".trace")
+# Which of several connections is worth showing, the most so first.
+_WORTH = (Result.FAILS, Result.UNKNOWN, Result.WORKS)
 _path = click.Path(path_type=Path)
 
 
@@ -92,7 +99,12 @@ class _Own:
 @click.option("--sni", help="The host name to ask for.  [default: HOST]")
 @click.option("--tls1.2", "tls12", is_flag=True, help="Offer TLS 1.2 and nothing newer; with --listen: take it too.")
 @click.option("--alpn", metavar="P,…", help="Application protocols to offer; none: none.  [default: http/1.1]")
-@click.option("--timeout", type=click.FloatRange(0.1, 600), default=10.0, show_default=True, help="Seconds to wait.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0.1, 600),
+    metavar="SECONDS",
+    help="How long to wait; with --listen, also for a client.  [default: 10; for a client: until Ctrl-C]",
+)
 @click.option(
     "--listen",
     is_flag=False,
@@ -130,7 +142,8 @@ def explain_(
     """Show a TLS handshake step by step, and say whose fault a failure is and what to do.
 
     Calls HOST:PORT as a client (after the handshake: one HTTP GET /, if HTTP was not ruled out with --alpn); or is the
-    server of the next client (--listen); or reads a recording (FILE). Exit 0: it works; 3: refused; 6: nobody there.
+    server of the next client (--listen); or reads a recording (FILE). Exit 0: it works; 3: it fails; 6: nobody there;
+    2: it cannot be told, for want of a key log.
     """
     if sum(given is not None for given in (place, listen, reason)) != 1:
         raise click.UsageError("give one of HOST:PORT, FILE, --listen or --reason CODE")
@@ -160,7 +173,7 @@ class _Ask:
     sni: str | None
     tls12: bool
     alpn: str | None
-    timeout: float
+    timeout: float | None
     client_ca: Path | None
     key_passphrase_file: Path | None
     state: Path | None
@@ -168,7 +181,8 @@ class _Ask:
     @property
     def limits(self) -> Limits:
         """How long to wait: for the handshake as told, for a refusal a second."""
-        return Limits(self.timeout, min(1.0, self.timeout))
+        whole = _USUAL_WAIT if self.timeout is None else self.timeout
+        return Limits(whole, min(1.0, whole))
 
     @property
     def protocols(self) -> tuple[str, ...]:
@@ -266,7 +280,10 @@ def _files_of(name: str, state: Path | None) -> tuple[Path, Path]:
     for cert, ca in ((folder / "clients" / here, folder / "root.crt"), (here, Path("ca.crt"))):
         if cert.exists():
             return cert, ca
-    raise InvalidInput(Reason.INPUT_MISSING, path=str(here))
+    clients = folder / "clients"
+    following = f"handfast issue {shlex.quote(name)} --out {shlex.quote(str(clients))}"
+    where = f"{clients}, nor in this folder"
+    raise HandfastError(Reason.CONNECT_NO_CREDENTIAL, name=name, path=where, next=following)
 
 
 # A client, waited for.
@@ -281,9 +298,14 @@ def _of_client(ask: _Ask, as_json: bool) -> Explanation:
         if as_json:
             print_json({"event": "ready", "place": place})
         else:
-            click.echo(f"waiting for a client at {place}")
+            until = "until Ctrl-C" if ask.timeout is None else f"for {ask.timeout:g} s"
+            click.echo(f"waiting for a client at {place}, {until}")
         sys.stdout.flush()
-        plug, _ = listener.accept()
+        listener.settimeout(ask.timeout)
+        try:
+            plug, _ = listener.accept()
+        except TimeoutError:
+            raise Unreachable(Reason.SEEN_NOBODY, place=place, limit=f"{ask.timeout:g}") from None
     recording = answer(plug, context, ask.limits, place, _HELLO)
     names = [name.value for name in certificate_names(credential.chain[0])]
     known = Known(datetime.now(UTC), names[0] if names else "", own=credential.chain)
@@ -325,6 +347,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def _of_file(ask: _Ask, keylog: Path | None) -> Explanation:
+    _refuse_host(ask.place)
     capture = read_capture(read_file(Path(ask.place), "recording", MAX_CAPTURE), ask.place)
     secrets = capture.keylog + (b"" if keylog is None else read_file(keylog, "key log", _KEYLOG_LIMIT))
     streams = [stream for stream in capture.streams if is_tls(stream)]
@@ -332,17 +355,39 @@ def _of_file(ask: _Ask, keylog: Path | None) -> Explanation:
         raise InvalidInput(Reason.INPUT_NO_HANDSHAKE, what=ask.place)
     bundle = None if ask.ca is None else load_bundle(ask.ca)
     keys = parse_keylog(secrets)
-    for at, stream in enumerate(streams[:_MOST_STREAMS]):
+    looked = list[Explanation]()
+    for stream in streams[:_MOST_STREAMS]:
         recording = read_stream(stream, keys)
-        found = explain(recording, Known(recording.began, ask.sni or ""), bundle)
-        if at == 0 or not found.verdict.worked:
-            chosen, number = found, at + 1
-        if not found.verdict.worked:
+        looked.append(explain(recording, Known(recording.began, ask.sni or ""), bundle))
+        if looked[-1].verdict.result is Result.FAILS:
             break
+    results = [_WORTH.index(one.verdict.result) for one in looked]
+    number = results.index(min(results)) + 1
+    chosen = looked[number - 1]
     if len(streams) > 1:
-        which = "the first of those that fail" if not chosen.verdict.worked else "none of them fails"
+        which = {
+            Result.FAILS: "the first of those that fail",
+            Result.UNKNOWN: "the first of those that stay closed; none is seen to fail",
+            Result.WORKS: "none of them fails",
+        }[chosen.verdict.result]
         note(f"note: {ask.place} holds {len(streams)} TLS connections; this is number {number}, {which}")
-    return chosen
+    if chosen.verdict.result is not Result.UNKNOWN:
+        return chosen
+    if secrets:
+        note(f"note: {keylog or ask.place} holds no secrets of this connection")
+    command = f"handfast explain {shlex.quote(ask.place)} --keylog FILE"
+    return replace(chosen, verdict=replace(chosen.verdict, command=command))
+
+
+def _refuse_host(place: str) -> None:
+    """What can only be meant for a server is no file that is missing. Raises InvalidInput (INPUT_ADDRESS)."""
+    if os.path.exists(place):
+        return
+    if place.startswith("http://"):
+        raise InvalidInput(Reason.INPUT_ADDRESS, value=place, detail="plain HTTP has no handshake; give HOST:PORT")
+    if _HOST.fullmatch(place) and not place.lower().endswith(_RECORDINGS):
+        detail = f"no file is called so; of a server, give HOST:PORT, as {place}:443"
+        raise InvalidInput(Reason.INPUT_ADDRESS, value=place, detail=detail)
 
 
 # The result.
@@ -360,9 +405,13 @@ def _finish(explanation: Explanation, output: _Output) -> int:
         print_json(explanation_json(explanation))
     else:
         click.echo(draw(explanation, colour=_colours(output.colour)), color=True)
-    if explanation.verdict.worked:
-        return Exit.OK
-    return Exit.REFUSED
+    match explanation.verdict.result:
+        case Result.WORKS:
+            return Exit.OK
+        case Result.UNKNOWN:
+            return Exit.USAGE  # what was given does not tell
+        case Result.FAILS:
+            return Exit.REFUSED
 
 
 def _colours(choice: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import socket
 import time
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from pathlib import Path
 import click
 
 import handfast
-from handfast.cli.output import as_json_option, choice, example, print_json
+from handfast.cli.output import as_json_option, choice, example, note, print_json
 from handfast.errors import InvalidInput, Reason, Unreachable
 from handfast.files import read_file
 from handfast.guard.places import join_address, parse_address
@@ -60,8 +61,17 @@ def inspect_(place: str, password_file: Path | None, as_json: bool) -> None:
         found = describe(read_file(Path(place), "file", _CRL_LIMIT), place, password)
     if as_json:
         print_json(found)
-    else:
-        click.echo(render(found))
+        return
+    click.echo(render(found))
+    if address is None and password_file is None and any(one.get("encrypted") for one in found):
+        note(f"next: {_opened(Path(place))}")
+
+
+def _opened(path: Path) -> str:
+    """The command that shows what is in an encrypted file; `export` and `issue` write its password beside it."""
+    beside = Path(f"{path}.password")
+    password = shlex.quote(str(beside)) if beside.exists() else "F"
+    return f"handfast inspect {shlex.quote(str(path))} --password-file {password}"
 
 
 @click.command(
@@ -158,7 +168,10 @@ def look_at_server(host: str, port: int) -> ServerFacts:
     except TlsBroken as broken:
         raise Unreachable(Reason.UNREACHABLE, target=target, detail=broken.failure.message) from None
     except UnicodeError:  # of a host that no resolver can be asked for
-        raise Unreachable(Reason.UNREACHABLE, target=target, detail="its host is not a name") from None
+        raise Unreachable(Reason.UNREACHABLE_NAME, target=target, host=host, detail="it is not a name") from None
+    except socket.gaierror as error:
+        detail = (error.strerror or str(error)).lower()
+        raise Unreachable(Reason.UNREACHABLE_NAME, target=target, host=host, detail=detail) from None
     except OSError as error:
         raise Unreachable(Reason.UNREACHABLE, target=target, detail=(error.strerror or str(error)).lower()) from None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from handfast.explain.model import Check, Explanation, Link, Step, Sure, Verdict, Who
+from handfast.explain.model import Check, Explanation, Link, Result, Step, Sure, Verdict, Who
 from handfast.wire.records import Side
 
 WIDTH = 80
@@ -17,6 +17,7 @@ _LANE = WIDTH - _LEFT - 2  # columns between the two lines
 _INDENT = "    "
 
 _STYLES = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36", "dim": "2", "bold": "1"}
+_RESULTS = {Result.WORKS: "green", Result.FAILS: "red", Result.UNKNOWN: "yellow"}
 _MARKS = {True: ("ok", "green"), False: ("NO", "red"), None: ("--", "yellow")}
 
 
@@ -131,13 +132,15 @@ def _added(explanation: Explanation, pen: _Pen) -> Iterator[str]:
 
 
 def _verdict(verdict: Verdict, pen: _Pen) -> Iterator[str]:
-    mark, colour = ("WORKS", "green") if verdict.worked else ("FAILS", "red")
+    mark, colour = verdict.result.upper(), _RESULTS[verdict.result]
     code = f" [{verdict.reason.code}]" if verdict.reason is not None else ""
     headline = textwrap.wrap(f"{mark}  {verdict.headline}{code}", WIDTH)
     yield from (pen(line, colour, "bold") for line in headline)
     yield from textwrap.wrap(verdict.text, WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
     if verdict.sure is not Sure.CERTAIN:
         yield f"  How sure: {verdict.sure}."
+    for fault in verdict.besides:
+        yield from textwrap.wrap(f"also: {fault}", WIDTH - 4, initial_indent="  ", subsequent_indent="        ")
     for other in verdict.also:
         yield from textwrap.wrap(f"or: {other}", WIDTH - 4, initial_indent="  ", subsequent_indent="      ")
     if verdict.who is not Who.NOBODY:

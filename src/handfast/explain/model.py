@@ -29,7 +29,8 @@ class Recording:
     """One connection. `seen_from`: whose end we were, or None for somebody else's recording.
 
     `done`: when the handshake was done on our side, in seconds from the beginning; None if it never was.
-    `answer`: application bytes of the far side, as many as are kept. `broken`: the engine's own word.
+    `said`: application bytes of our own, or the client's where it is not ours; `answer`: those of the far side, as
+    many as are kept of each. `broken`: the engine's own word.
     """
 
     place: str  # the server's address
@@ -41,6 +42,7 @@ class Recording:
     done: float | None = None
     waited: float = 0.0  # seconds after the handshake in which a refusal could come
     broken: Failure | None = None
+    said: bytes = b""
     answer: bytes = b""
     protocol: str = ""  # ALPN
     keylog: tuple[bytes, ...] = field(default=(), repr=False)
@@ -87,14 +89,23 @@ class Sure(StrEnum):
     POSSIBLE = "possible"
 
 
+class Result(StrEnum):
+    """What came of a connection."""
+
+    WORKS = "works"
+    FAILS = "fails"
+    UNKNOWN = "unknown"  # what would show it cannot be read
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What came of it, why, who must act, and the command. `reason` is None where nothing is wrong.
 
-    `also`: other causes that would look the same from here.
+    `also`: other causes that would look the same from here. `besides`: what is wrong as well, and would be the next
+    refusal.
     """
 
-    worked: bool
+    result: Result
     headline: str
     text: str
     who: Who = Who.NOBODY
@@ -102,6 +113,12 @@ class Verdict:
     reason: Reason | None = None
     sure: Sure = Sure.CERTAIN
     also: tuple[str, ...] = ()
+    besides: tuple[str, ...] = ()
+
+    @property
+    def worked(self) -> bool:
+        """Whether it is known to work."""
+        return self.result is Result.WORKS
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
-from handfast.explain.model import Check, Explanation, Link, Step, Sure, Verdict, Who
+from handfast.explain.model import Check, Explanation, Link, Result, Step, Sure, Verdict, Who
 from handfast.wire.records import Side
 
 # In units of the drawing, which scales with the page.
@@ -30,7 +30,7 @@ p { margin: .4rem 0; } code, pre { font: .9em ui-monospace, monospace; }
 .mutual { color: var(--mutual); }
 .verdict { border: 1px solid var(--line); border-left: .4rem solid var(--good); border-radius: .4rem;
   background: var(--card); padding: .75rem 1rem; margin: 1rem 0; }
-.verdict.failed { border-left-color: var(--bad); }
+.verdict.failed { border-left-color: var(--bad); } .verdict.unknown { border-left-color: var(--soft); }
 .verdict h2 { margin: 0 0 .25rem; } pre { background: var(--back); border: 1px solid var(--line); border-radius: .4rem;
   padding: .5rem .75rem; white-space: pre-wrap; margin: .5rem 0; }
 svg { display: block; width: 100%; max-width: 40rem; height: auto; }
@@ -70,9 +70,12 @@ def render_page(explanation: Explanation) -> str:
 
 
 def _verdict(verdict: Verdict) -> str:
-    kind, word = ("", "Works") if verdict.worked else (" failed", "Fails")
+    kind = {Result.WORKS: "", Result.FAILS: " failed", Result.UNKNOWN: " unknown"}[verdict.result]
+    word = verdict.result.capitalize()
     code = f' <code class="soft">{escape(verdict.reason.code)}</code>' if verdict.reason is not None else ""
     lines = [f"<h2>{word}: {escape(verdict.headline)}{code}</h2>", f"<p>{escape(verdict.text)}</p>"]
+    if verdict.besides:
+        lines.append(f"<p>Also:</p><ul>{''.join(f'<li>{escape(fault)}</li>' for fault in verdict.besides)}</ul>")
     if verdict.who is not Who.NOBODY:
         lines.append(f"<p><strong>Who must act:</strong> {escape(str(verdict.who))}</p>")
     if verdict.command:

@@ -68,6 +68,7 @@ class _Course:
     done: float | None = None
     waited: float = 0.0
     broken: Failure | None = None
+    said: bytes = b""
     answer: bytes = b""
     protocol: str = ""
 
@@ -112,7 +113,10 @@ def _connect(host: str, port: int, place: str, limits: Limits) -> socket.socket:
     try:
         plug = socket.create_connection((host, port), timeout=limits.handshake)
     except UnicodeError:
-        raise Unreachable(Reason.UNREACHABLE, target=place, detail="its host is not a name") from None
+        raise Unreachable(Reason.UNREACHABLE_NAME, target=place, host=host, detail="it is not a name") from None
+    except socket.gaierror as error:
+        detail = (error.strerror or str(error)).lower()
+        raise Unreachable(Reason.UNREACHABLE_NAME, target=place, host=host, detail=detail) from None
     except TimeoutError:
         detail = f"no answer within {limits.handshake:g} s"
         raise Unreachable(Reason.UNREACHABLE, target=place, detail=detail) from None
@@ -201,6 +205,7 @@ def _listen(
             if not spoken and (answer if asked else line.clock() >= speak_at):
                 spoken = True
                 channel.write(words)
+                course.said = words
                 if asked:
                     channel.close()
                     until = min(until, line.clock() + wait / 4)
@@ -259,6 +264,7 @@ def _recording(place: str, now: datetime, line: _Line, recorder: Recorder, cours
         done=course.done,
         waited=course.waited,
         broken=course.broken,
+        said=course.said,
         answer=course.answer,
         protocol=course.protocol,
         keylog=tuple(recorder.keylog),

@@ -41,6 +41,9 @@ _EXCEPTIONS = {
     Reason.POLICY_RULE_MATCHED: Who.NOBODY,
     Reason.SEEN_CUT: Who.NETWORK,
     Reason.SEEN_NOT_MUTUAL: Who.NOBODY,
+    Reason.SEEN_SEALED: Who.CALLER,
+    Reason.SEEN_NOBODY: Who.CLIENT,
+    Reason.UNREACHABLE_NAME: Who.CALLER,
 }
 
 

@@ -37,6 +37,8 @@ _AGREES = {
     48: (Reason.VERIFY_NOT_A_CA, Reason.VERIFY_PATH_LENGTH, Reason.VERIFY_CHAIN_TOO_LONG),
     51: (Reason.VERIFY_BAD_SIGNATURE,),
 }
+# Who says one of these has found the chain good, whatever authorities are named.
+_PAST_THE_CHAIN = ("policy.", "ended.", "verify.revoked", "verify.crl_", "verify.ocsp_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,31 @@ def certificate_cause(number: int, scene: Scene, holder: Side) -> Cause:
     return _unsaid(number, judge, chain)
 
 
+def weighed(cause: Cause, scene: Scene, holder: Side) -> tuple[Cause, tuple[Failure, ...]]:
+    """The gravest cause, and what else is wrong with the holder's certificate as far as it is known here.
+
+    An authority that the server does not name outweighs what a renewal would mend, for that would be refused next.
+    Raises nothing.
+    """
+    chain = load_chain(scene.ders(holder))
+    faults = scene.known.peer_faults if holder is Side.SERVER else None
+    if faults is None:
+        faults = own_faults(chain, Purpose.CLIENT if holder is Side.CLIENT else Purpose.SERVER, scene.known.now)
+    if cause.failure.reason.code.startswith(_PAST_THE_CHAIN):
+        return cause, ()
+    others = tuple(fault for fault in faults if fault.reason is not cause.failure.reason)
+    accepted = scene.request.authorities if scene.request is not None and holder is Side.CLIENT else ()
+    if not chain or not accepted or _is_named(chain, accepted):
+        return cause, others
+    unknown = Failure(Reason.VERIFY_UNKNOWN_ISSUER, _subject(chain) | _issuer(chain))
+    if cause.failure.reason is unknown.reason:
+        return cause, others
+    if cause.failure.reason not in {fault.reason for fault in faults}:
+        return cause, (unknown, *others)
+    sure = Sure.CERTAIN if scene.us is Side.SERVER else Sure.LIKELY  # a server may accept more than it names
+    return Cause(unknown, sure, cause.also), (cause.failure, *others)
+
+
 def _none_shown(number: int, scene: Scene, holder: Side) -> Cause:
     sure = Sure.LIKELY if number == 40 else Sure.CERTAIN
     also: tuple[str, ...] = ("no cipher or signature algorithm is shared",) if number == 40 else ()
@@ -102,8 +129,7 @@ def _unknown_ca(scene: Scene, holder: Side, chain: tuple[x509.Certificate, ...])
         if holder is Side.SERVER:
             return Cause(failure, Sure.LIKELY, (missing,) if _open_ended(chain) else ())
         return Cause(failure, Sure.LIKELY, (*((missing,) if _open_ended(chain) else ()), no_list))
-    named = any(_der_of(certificate.issuer) in accepted for certificate in chain)
-    if not named:
+    if not _is_named(chain, accepted):
         return Cause(failure, Sure.CERTAIN, (missing,) if _open_ended(chain) else ())
     also = ("its authority was made anew under the same name, so that the keys differ",)
     return Cause(Failure(Reason.VERIFY_CRL_MISSING, _issuer(chain)), Sure.LIKELY, also)
@@ -119,6 +145,11 @@ def _unsaid(number: int, judge: str, chain: tuple[x509.Certificate, ...]) -> Cau
 def _open_ended(chain: tuple[x509.Certificate, ...]) -> bool:
     """Whether the chain stops below a root."""
     return bool(chain) and chain[-1].issuer != chain[-1].subject
+
+
+def _is_named(chain: tuple[x509.Certificate, ...], accepted: tuple[bytes, ...]) -> bool:
+    """Whether the chain leads to an authority that the server says it accepts."""
+    return any(_der_of(certificate.issuer) in accepted for certificate in chain)
 
 
 def _der_of(name: x509.Name) -> bytes:

@@ -5,8 +5,9 @@ Owns the words about the protocol. It neither draws nor judges; `verdict` does t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from handfast.errors import HandfastError
 from handfast.explain.chain import look_at_chain
@@ -22,6 +23,7 @@ from handfast.wire.records import Event, Side
 
 _MOST_STEPS = 200
 _MOST_SHOWN = 8  # entries of a list
+_A_PAUSE = 0.1  # seconds between the handshake and our request from which on they want an explanation
 
 Facts = tuple[tuple[str, str], ...]
 
@@ -35,6 +37,7 @@ class Settled:
     group: str = ""
     asked: bool = False  # the server asked for a client certificate
     retried: bool = False
+    spoken: set[Side] = field(default_factory=set)  # who has sent application data
 
     @property
     def new(self) -> bool:
@@ -46,7 +49,7 @@ def steps_of(recording: Recording, known: Known) -> tuple[tuple[Step, ...], Sett
     """Return the steps in their order, and what they settled. Raises nothing, whatever was recorded."""
     settled, steps = Settled(), list[Step]()
     for event, message in m.read_events(recording.events):
-        step = _step(event, message, settled, known, recording.seen_from)
+        step = _step(event, message, settled, known, recording)
         if steps and isinstance(message, m.ApplicationData) and _same(steps[-1], step):
             steps[-1] = replace(steps[-1], size=steps[-1].size + step.size)
         elif steps and isinstance(message, m.NewSessionTicket) and _same(steps[-1], step):
@@ -70,7 +73,7 @@ def _same(last: Step, step: Step) -> bool:
     return (last.name, last.sender) == (step.name, step.sender)
 
 
-def _step(event: Event, message: m.Message, settled: Settled, known: Known, seen_from: Side | None) -> Step:
+def _step(event: Event, message: m.Message, settled: Settled, known: Known, recording: Recording) -> Step:
     name, purpose, facts = _words(event, message, settled)
     step = Step(event.at * 1000, event.sender, name, event.size or len(event.data), event.encrypted, purpose, facts)
     match message:
@@ -80,7 +83,7 @@ def _step(event: Event, message: m.Message, settled: Settled, known: Known, seen
         case m.Certificate(entries=entries):
             ders = [entry.der for entry in entries]
             purposes = {Side.SERVER: Purpose.SERVER, Side.CLIENT: Purpose.CLIENT}
-            theirs = seen_from is not event.sender
+            theirs = recording.seen_from is not event.sender
             wanted = expected_name(known.server_name) if event.sender is Side.SERVER else None
             anchors = known.anchors if theirs else ()
             chain = look_at_chain(ders, purposes[event.sender], known.now, anchors, wanted)
@@ -89,7 +92,32 @@ def _step(event: Event, message: m.Message, settled: Settled, known: Known, seen
             return replace(step, mutual=event.sender is Side.CLIENT)
         case m.AlertMessage() | m.Unreadable():
             return replace(step, bad=isinstance(message, m.Unreadable) or message.fatal)
+        case m.ApplicationData() if settled.new and recording.done is None:
+            return replace(step, purpose="Encrypted: what is left of the handshake, or what TLS is for.")
+        case m.ApplicationData() if event.sender not in settled.spoken:
+            settled.spoken.add(event.sender)
+            return replace(step, purpose=_application(event, recording) or purpose)
     return step
+
+
+def _application(event: Event, recording: Recording) -> str:
+    """What a side said first over TLS, where it is known and is HTTP. Of a path only our own is shown: others' may
+    hold secrets.
+    """
+    ours = recording.seen_from is event.sender
+    data = recording.said if event.sender is (recording.seen_from or Side.CLIENT) else recording.answer
+    if found := re.match(rb"HTTP/1\.[01] (\d{3})", data):
+        return f"{'Our' if ours else 'The'} answer: {found[1].decode()}."
+    found = re.match(rb"([A-Z]{1,20}) (/[!-~]{0,200}) HTTP/1\.[01]\r\n", data)
+    if found is None:
+        return ""
+    if not ours:
+        return f"The client's request: {found[1].decode()}."
+    text = f"Our request: {found[1].decode()} {found[2].decode()}."
+    waited = 0.0 if recording.done is None else event.at - recording.done
+    if waited < _A_PAUSE:
+        return text
+    return f"{text} It waited {waited:.2f} s on purpose: a server that greets, or refuses in TLS, has done so by then."
 
 
 def _words(event: Event, message: m.Message, settled: Settled) -> tuple[str, str, Facts]:

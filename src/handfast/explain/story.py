@@ -7,7 +7,7 @@ from datetime import datetime
 from statistics import median
 
 from handfast.explain.chain import faults, load_chain
-from handfast.explain.model import Added, Explanation, Known, Link, Recording, Step
+from handfast.explain.model import Added, Explanation, Known, Link, Recording, Result, Step
 from handfast.explain.scene import scene_of
 from handfast.explain.steps import expected_name, steps_of
 from handfast.explain.verdict import judge
@@ -90,7 +90,8 @@ def as_json(explanation: Explanation) -> dict[str, object]:
             "runs": added.runs,
         },
         "verdict": {
-            "worked": verdict.worked,
+            "worked": None if verdict.result is Result.UNKNOWN else verdict.worked,
+            "result": str(verdict.result),
             "headline": verdict.headline,
             "text": verdict.text,
             "reason": None if verdict.reason is None else verdict.reason.code,
@@ -98,6 +99,7 @@ def as_json(explanation: Explanation) -> dict[str, object]:
             "command": verdict.command,
             "sure": str(verdict.sure),
             "also": list(verdict.also),
+            "besides": list(verdict.besides),
         },
     }
 

@@ -61,7 +61,8 @@ def read_stream(stream: Stream, secrets: Secrets) -> Recording:
         chunks=tuple(stream.chunks),
         ending=stream.ending,
         done=book.done,
-        answer=bytes(book.answer),
+        said=bytes(book.said[Side.CLIENT]),
+        answer=bytes(book.said[Side.SERVER]),
     )
 
 
@@ -82,7 +83,7 @@ class _Book:
 
     def __init__(self, secrets: Secrets) -> None:
         self.events: list[Event] = []
-        self.answer = bytearray()
+        self.said = {side: bytearray() for side in Side}  # application data, opened
         self.done: float | None = None  # when both sides had finished
         self.sides = {side: _Direction() for side in Side}
         self._secrets = secrets
@@ -116,8 +117,8 @@ class _Book:
                     self.events.append(Event(at, sender, event.kind, data, event.encrypted, len(data)))
                     self._follow(at, sender, data)
             case ContentType.APPLICATION_DATA:
-                if sender is Side.SERVER and len(self.answer) < _MOST_ANSWER:
-                    self.answer += event.data
+                if len(self.said[sender]) < _MOST_ANSWER:
+                    self.said[sender] += event.data
                 self.events.append(Event(at, sender, event.kind, b"", True, event.size))
             case _:
                 self.events.append(replace(event, size=len(event.data)))

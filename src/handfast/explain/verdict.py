@@ -14,9 +14,9 @@ from dataclasses import replace
 from handfast.errors import Failure, Reason
 from handfast.explain.advice import advice_for
 from handfast.explain.chain import load_chain, own_faults
-from handfast.explain.model import Ending, Known, Recording, Sure, Verdict, Who
+from handfast.explain.model import Ending, Known, Recording, Result, Sure, Verdict, Who
 from handfast.explain.reasons import who_acts
-from handfast.explain.refusals import Cause, certificate_cause, is_about_certificate
+from handfast.explain.refusals import Cause, certificate_cause, is_about_certificate, weighed
 from handfast.explain.scene import Scene, plain_speech, scene_of
 from handfast.pki.verification import Purpose
 from handfast.wire import registry
@@ -39,10 +39,22 @@ def judge(recording: Recording, known: Known) -> Verdict:
         if verdict is not None
     ]
     if not found:
-        return _sealed(scene) or _broken(scene) or _unanswered(scene) or _silent_refusal(scene) or _worked(scene)
+        found = [_sealed(scene) or _broken(scene) or _unanswered(scene) or _silent_refusal(scene) or _worked(scene)]
     first, *rest = found
-    also = tuple(f"besides: {other.headline}" for other in rest if other.reason is not first.reason)
-    return replace(first, also=first.also + also)
+    besides = tuple(_shortly(other.headline, other.reason) for other in rest if other.reason is not first.reason)
+    return _unjudged(scene, replace(first, besides=tuple(dict.fromkeys(first.besides + besides))))
+
+
+def _unjudged(scene: Scene, verdict: Verdict) -> Verdict:
+    """The same, with the word that the server's certificate was not judged, if it was not."""
+    if scene.us is Side.SERVER or scene.known.peer_faults is not None or not scene.ders(Side.SERVER):
+        return verdict
+    text = "The server's certificate was not judged: give the authority that you trust with --ca."
+    return replace(verdict, text=f"{verdict.text} {text}")
+
+
+def _shortly(what: str, reason: Reason | None) -> str:
+    return what if reason is None else f"{what} [{reason.code}]"
 
 
 # No TLS.
@@ -174,17 +186,24 @@ def _refused_by_us(scene: Scene) -> Verdict | None:
 
 
 def _certificate(scene: Scene, holder: Side, cause: Cause, how: str) -> Verdict:
-    reason, judge = cause.failure.reason, holder.other
+    judge, words = holder.other, {"holder": str(holder), "judge": str(holder.other), "profile": str(holder)}
+    words["place"] = scene.place
+    said, (cause, others) = cause, weighed(cause, scene, holder)
+    reason = cause.failure.reason
     advice = advice_for(reason)
-    words = {"holder": str(holder), "judge": str(judge), "profile": str(holder), "place": scene.place}
     what = advice.what.format(**words)
     message = cause.failure.message
     detail = "" if "?" in message or reason in _SAID_ALREADY else f" In detail: {message}."
     accepted = _accepted(scene) if holder is Side.CLIENT and _is_about_authority(reason) else ""
     probably = {Sure.CERTAIN: "", Sure.LIKELY: "most likely ", Sure.POSSIBLE: ""}[cause.sure]
-    text = f"The {judge} refused the {holder} {how}: {probably}{what}.{detail}{accepted} {advice.todo.format(**words)}"
+    why = f"{probably}{what}."
+    if reason is not said.failure.reason:
+        first = advice_for(said.failure.reason).what.format(**words)
+        why = f"{first}. A new one of the same authority would be refused next: {why}"
+    text = f"The {judge} refused the {holder} {how}: {why}{detail}{accepted} {advice.todo.format(**words)}"
     verdict = _verdict(reason, what, text, _actor(advice.who, holder), advice.command.format(**words))
-    return replace(verdict, sure=cause.sure, also=cause.also)
+    besides = tuple(_shortly(advice_for(one.reason).what.format(**words), one.reason) for one in others)
+    return replace(verdict, sure=cause.sure, also=cause.also, besides=besides)
 
 
 def _is_about_authority(reason: Reason) -> bool:
@@ -247,7 +266,7 @@ def _no_refusal(reason: Reason, said: str) -> Verdict:
     failure = Failure(reason)
     detail = "" if "?" in failure.message else f" In words: {failure.message}."
     text = f"The handshake worked on both sides. {said} with {reason.code}, which is not about a certificate.{detail}"
-    return replace(_verdict(reason, f"TLS works; then {reason.code}", text, who_acts(reason)), worked=True)
+    return replace(_verdict(reason, f"TLS works; then {reason.code}", text, who_acts(reason)), result=Result.WORKS)
 
 
 def _our_refusal(body: bytes) -> tuple[Reason, str] | None:
@@ -290,12 +309,12 @@ def _sealed(scene: Scene) -> Verdict | None:
     if not scene.sealed:
         return None
     text = (
-        "TLS 1.3 encrypts all that follows ServerHello: the certificates, and a refusal too. What can be read shows"
-        " none. The key log of either side opens the rest; curl, browsers and others write one where the"
-        " environment variable SSLKEYLOGFILE tells them."
+        "TLS 1.3 encrypts all that follows ServerHello: the certificates, and a refusal too. So whether it worked"
+        " cannot be told from this recording alone. The key log of either side opens the rest; curl, browsers and"
+        " others write one where the environment variable SSLKEYLOGFILE tells them."
     )
-    verdict = _verdict(None, "no refusal can be seen; the rest is encrypted", text, Who.NOBODY, "--keylog FILE")
-    return replace(verdict, worked=True, sure=Sure.POSSIBLE)
+    headline, command = "what came of it is encrypted", "handfast explain RECORDING --keylog FILE"
+    return replace(_verdict(Reason.SEEN_SEALED, headline, text, Who.CALLER, command), result=Result.UNKNOWN)
 
 
 def _broken(scene: Scene) -> Verdict | None:
@@ -381,7 +400,9 @@ def _silent_refusal(scene: Scene) -> Verdict | None:
         return None
     if scene.request is None:
         text = "The handshake was done, and the server closed without having said anything."
-        return replace(_verdict(None, "the handshake worked; then the server closed", text, Who.NOBODY), worked=True)
+        return replace(
+            _verdict(None, "the handshake worked; then the server closed", text, Who.NOBODY), result=Result.WORKS
+        )
     what = "certificate" if scene.ders(Side.CLIENT) else "client without a certificate"
     text = (
         f"The handshake was done from the client's side, and the server closed {'' if recording.waited else 'at once '}"
@@ -401,20 +422,18 @@ def _worked(scene: Scene) -> Verdict:
     said = f" HTTP answered {status}." if (status := _status(recording.answer)) else ""
     if scene.us is Side.CLIENT and recording.done is not None:
         said += "" if said else f" No refusal came within {recording.waited:.1f} s."
-        if scene.known.peer_faults is None:
-            said += " The server's certificate was not judged: give the authority that you trust with --ca."
     if scene.request is None:
         text = (
             "The handshake worked, and the server did not ask for a client certificate: this is plain TLS. Whoever"
             f" reaches the port is served.{said}"
         )
         verdict = _verdict(Reason.SEEN_NOT_MUTUAL, "TLS works; it is not mutual", text, Who.NOBODY)
-        return replace(verdict, worked=True)
+        return replace(verdict, result=Result.WORKS)
     if both:
         text = f"Both sides showed a certificate, proved that they hold its key, and went on.{said}"
-        return replace(_verdict(None, "mutual TLS works", text, Who.NOBODY), worked=True)
+        return replace(_verdict(None, "mutual TLS works", text, Who.NOBODY), result=Result.WORKS)
     text = f"The server asks for a client certificate and went on without one: it is optional here.{said}"
-    return replace(_verdict(None, "TLS works without a client certificate", text, Who.NOBODY), worked=True)
+    return replace(_verdict(None, "TLS works without a client certificate", text, Who.NOBODY), result=Result.WORKS)
 
 
 def _cut_recording(scene: Scene) -> Verdict:
@@ -434,4 +453,4 @@ def _status(answer: bytes) -> str:
 
 
 def _verdict(reason: Reason | None, headline: str, text: str, who: Who, command: str = "") -> Verdict:
-    return Verdict(False, headline[:1].upper() + headline[1:], " ".join(text.split()), who, command, reason)
+    return Verdict(Result.FAILS, headline[:1].upper() + headline[1:], " ".join(text.split()), who, command, reason)
