@@ -175,10 +175,12 @@ def test_a_server_that_is_not_the_one_meant_gets_nothing(
 def test_a_server_that_is_away_or_plain_is_never_spoken_to_in_the_clear(ca: Ca, tmp_path: Path) -> None:
     """Nothing falls back to plain: a plain server gets a ClientHello, and none of the client's bytes."""
     made = generation(ca, ca.client())
-    with refusing() as address, Calling(f"localhost:{(port := address.rpartition(':')[2])}", made) as calling:
-        event = refusal(calling)
-        assert (event["reason"], event["fault"]) == ("connect.unreachable", "the network's")
-        assert f"localhost:{port}: connection refused" in event["detail"]
+    with refusing() as address:
+        port = address.rpartition(":")[2]
+        with Calling(f"localhost:{port}", made) as calling:
+            event = refusal(calling)
+            assert (event["reason"], event["fault"]) == ("connect.unreachable", "the network's")
+            assert f"localhost:{port}: connection refused" in event["detail"]
 
     def greet(connection: socket.socket, _request: bytes) -> None:
         connection.sendall(b"220 smtp ready\r\n")

@@ -76,7 +76,7 @@ def test_each_flag_has_its_twin(flags: tuple[str, ...], top: str, listener: str)
 
 def test_every_flag_was_compared() -> None:
     """No flag is without a twin."""
-    shown = {word for flags, _, _ in TWINS for word in flags} | {*NEEDED, "--help", "--config", "--check"}
+    shown = {word for flags, _, _ in TWINS for word in flags} | {*NEEDED, "--help", "--config", "--check", "--keys"}
     every = {option.opts[-1] for option in guard_.params if isinstance(option, click.Option)}
     assert every - shown == set()
 

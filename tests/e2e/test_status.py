@@ -84,6 +84,17 @@ def test_one_view_shows_what_there_is() -> None:
     assert f"process {os.getpid()}" in line("process", shown)
 
 
+def test_names_that_are_alike_stay_apart() -> None:
+    """Upstreams that begin alike, and those that end alike, can be told from each other."""
+    metrics = busy()
+    for name in ("127.0.0.1:18104", "127.0.0.1:18105", "a-service-in-a-far-region-1", "a-service-in-a-far-region-2"):
+        metrics.upstream(name, f"{name}.svc.cluster.internal:8443", True, 0)
+    shown = [each for each in lines(status(metrics, 2000.0)) if "healthy, 0 conn" in each]
+    assert len(set(shown)) == 4
+    assert any("127.0.0.1:18104 " in each for each in shown)
+    assert any("-region-2 " in each for each in shown)
+
+
 def test_between_two_views_there_are_rates() -> None:
     """Of two states, what is shown as a rate is what came between them, and latency is of that time alone."""
     metrics = busy()

@@ -7,16 +7,20 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography.x509 import Certificate
 
 from handfast.authority import Authority, GeneratedPassphrase, open_authority
 from handfast.cli.upkeep import LISTENER, ClientFiles, Upkeep
 from handfast.errors import HandfastError, InvalidInput, Reason
+from handfast.files import generate_key
 from handfast.guard.places import parse_target
 from handfast.guard.upstream import Backend, Upstreams
-from handfast.pki.certificates import parse_certificates
-from handfast.pki.keys import parse_private_key, same_key
+from handfast.pki.certificates import parse_certificates, serial_text
+from handfast.pki.issuing import Order
+from handfast.pki.keys import KeyType, parse_private_key, same_key
 from handfast.pki.names import parse_name
 from handfast.pki.pkcs12 import parse_p12
+from handfast.pki.profiles import PROFILES
 from handfast.policy import ALLOW_ANY
 from handfast.tls.server import ServerSettings
 from tests.e2e.kit import serials
@@ -39,6 +43,13 @@ def files(state: Path) -> ClientFiles:
 
 def upkeep(authority: Authority, *clients: ClientFiles) -> Upkeep:
     return Upkeep(authority, UPSTREAMS, ALLOW_ANY, ServerSettings(), (parse_name("localhost"),), clients)
+
+
+def issue(authority: Authority, name: str, now: datetime) -> Certificate:
+    """A certificate that somebody issues beside `up`."""
+    names = (parse_name(name),)
+    order = Order(PROFILES["client"], names, generate_key(KeyType.P256).public_key())
+    return authority.issue(order, authority.authorize(names, order.profile, now=now), now=now).certificate
 
 
 def whole(files: ClientFiles) -> bool:
@@ -71,17 +82,17 @@ def test_a_renewal_that_fails_holds_up_no_revocation(authority: Authority, state
     now = datetime.now(UTC)
     keeping = upkeep(authority, files)
     keeping.snapshot(now)
+    other = issue(authority, "spiffe://handfast.internal/other", now)
     (state / "clients").rename(state / "moved")
     (state / "clients").touch(mode=0o600)
     late = now + 13 * HOUR
     with pytest.raises(HandfastError):
         keeping.refresh(late)
     begun = len(serials(state))
-    authority.revoke(str(CLIENT))
-    leaf = parse_certificates((state / "moved" / "client.crt").read_bytes(), "crt")[0]
+    authority.revoke("other")
     taken = keeping.refresh(late + TICK)
     assert taken is not None
-    assert taken.sites[LISTENER].all[0].context.terms.revocations.revoked(leaf)
+    assert taken.sites[LISTENER].all[0].context.terms.revocations.revoked(other)
     for tick in range(2, 100):
         keeping.refresh(late + tick * TICK)
     assert len(serials(state)) == begun + 1  # the server's own, and no client's on each tick
@@ -105,14 +116,56 @@ def test_client_files_that_are_not_whole_are_made_anew(authority: Authority, fil
     assert whole(files)
 
 
-def test_a_revoked_client_gets_another_certificate_at_the_next_start(authority: Authority, files: ClientFiles) -> None:
-    """`up` does not hand out files that its own guard refuses."""
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_revoked_client_gets_no_other_certificate(authority: Authority, files: ClientFiles, lost: bool) -> None:
+    """Neither the next start, with its files or without, nor a running `up` gives a revoked name a new certificate."""
+    now = datetime.now(UTC)
+    running = upkeep(authority, files)
+    running.snapshot(now)
+    before = files.cert.read_bytes()
+    (revoked,) = authority.revoke(str(CLIENT))
+    if lost:
+        files.cert.unlink()
+    next_start = upkeep(authority, files)
+    next_start.snapshot(now)
+    for keeping in (running, next_start):
+        keeping.refresh(now + TICK)
+        keeping.refresh(now + 13 * HOUR)
+        assert keeping.withheld == {files: revoked.revoked_at}
+    assert not files.cert.exists() if lost else files.cert.read_bytes() == before
+    assert [record.revoked_at is None for record in authority.find(str(CLIENT))] == [False]
+
+
+def test_a_name_that_is_issued_again_on_purpose_is_kept(authority: Authority, files: ClientFiles) -> None:
+    """After a revocation, a certificate that somebody issues has the client's files made anew, PKCS#12 and all."""
     now = datetime.now(UTC)
     upkeep(authority, files).snapshot(now)
     authority.revoke(str(CLIENT))
-    snapshot = upkeep(authority, files).snapshot(now)
+    keeping = upkeep(authority, files)
+    keeping.snapshot(now)
+    assert keeping.withheld
+    issue(authority, str(CLIENT), now + timedelta(seconds=2))
+    snapshot = upkeep(authority, files).snapshot(now + timedelta(seconds=2))
+    assert keeping.refresh(now + timedelta(seconds=90)) is None
+    assert keeping.withheld == {}
     leaf = parse_certificates(files.cert.read_bytes(), "crt")[0]
     assert not snapshot.sites[LISTENER].all[0].context.terms.revocations.revoked(leaf)
+    assert whole(files)
+
+
+def test_a_client_of_which_another_certificate_is_revoked_is_renewed(authority: Authority, files: ClientFiles) -> None:
+    """To revoke one serial of a name leaves the certificate that `up` keeps for it, and its renewal."""
+    now = datetime.now(UTC)
+    old = issue(authority, str(CLIENT), now - timedelta(seconds=5))
+    keeping = upkeep(authority, files)
+    keeping.snapshot(now)
+    authority.revoke(serial_text(old.serial_number))
+    before = files.cert.read_bytes()
+    keeping.refresh(now + TICK)
+    keeping.refresh(now + 13 * HOUR)
+    assert keeping.withheld == {}
+    assert files.cert.read_bytes() != before
+    assert whole(files)
 
 
 def test_two_clients_do_not_share_files(authority: Authority, state: Path, files: ClientFiles) -> None:

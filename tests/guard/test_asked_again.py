@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from handfast.guard.places import parse_target
-from handfast.guard.upstream import Backend, Upstreams
+from handfast.guard.places import Target, parse_target
+from handfast.guard.upstream import Backend, Handshake, Upstreams
 from tests.support.apps import App, client_context, talk
 from tests.support.certs import Ca
 from tests.support.guards import Running
@@ -63,6 +63,41 @@ def test_a_safe_request_is_asked_so_often_and_no_more(ca: Ca, send: Send, retrie
         assert send(guard, "GET") == 502
         assert bad.received.count(b"GET /") == 1 + max(1, retries)
         assert guard.events.next("request")["reason"] == "upstream.down"
+
+
+def test_a_bug_on_the_way_to_the_app_ends_the_request(ca: Ca, send: Send) -> None:
+    """What fails unforeseen while a connection is dialled is 502 at once, and said to be ours; the guard goes on."""
+
+    def begin(_target: Target) -> Handshake:
+        raise AssertionError("unforeseen")
+
+    with App() as app:
+        guard = Running(ca, f"https://{app.address}")
+        guard.upstreams = Upstreams("app", (Backend(parse_target(f"https://{app.address}")),), handshake=begin)
+        with guard:
+            for method in ("GET", "POST"):
+                assert send(guard, method) == 502
+                event = guard.events.next("request")
+                assert (event["reason"], "unforeseen" in event["detail"]) == ("upstream.bug", True)
+            guard.upstreams.handshake = None
+            assert send(guard, "GET") == 502
+        assert app.received == b""
+
+
+@pytest.mark.parametrize("alert", [True, False])
+def test_an_app_that_wants_tls_is_told_from_one_that_dies(ca: Ca, send: Send, alert: bool) -> None:
+    """A TLS alert in answer to a plain request says what the app speaks; without one it is no more than a guess."""
+
+    def close(connection: socket.socket, _request: bytes) -> None:
+        connection.sendall(b"\x15\x03\x01\x00\x02\x02\x0a" if alert else b"")
+        connection.shutdown(socket.SHUT_RDWR)
+
+    with App(close) as app, _guard(ca, [app], 0) as guard:
+        assert send(guard, "POST") == 502
+        event = guard.events.next("request")
+        assert event["reason"] == ("upstream.bad_response" if alert else "upstream.down")
+        assert event["remedy"].startswith("it speaks TLS" if alert else "if it speaks TLS")
+        assert f"https://{app.address}" in event["remedy"]
 
 
 @pytest.mark.parametrize("method", ["POST", "DELETE", "PUT"])

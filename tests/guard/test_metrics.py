@@ -164,6 +164,23 @@ def test_workers_add_up_and_the_worst_is_shown() -> None:
     assert [worker["worker"] for worker in merged["workers"]] == [0, 1]
 
 
+def test_a_reload_of_many_workers_is_one() -> None:
+    """The first worker counts a reload, and no other; why one was kept back is said by whichever it was."""
+    workers = [Metrics(number) for number in range(3)]
+    for metrics in workers:
+        metrics.reload("kept", "input.not_key", "server.key holds no private key")
+    merged = merge([metrics.state() for metrics in workers])
+    assert merged["counters"]["reloads"] == [(("kept", "input.not_key"), 1)]
+    assert merged["kept"] == "server.key holds no private key"
+    workers[2].reload("kept", "bug", "x" * 10_000)
+    assert len(workers[2].state()["kept"]) == 500
+    for metrics in workers:
+        metrics.reload("taken", "")
+    merged = merge([metrics.state() for metrics in workers])
+    assert dict(merged["counters"]["reloads"]) == {("kept", "input.not_key"): 1, ("taken", ""): 1}
+    assert merged["kept"] == ""
+
+
 def test_states_travel_as_json() -> None:
     """A state that went through JSON is the state that was sent, and is known to be whole."""
     state = busy().state()

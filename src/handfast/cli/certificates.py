@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,9 @@ def show_(serial_or_name: str, state: Path | None, as_json: bool) -> None:
 @state_option
 @as_json_option
 def revoke_(serial_or_name: str, reason: str, state: Path | None, as_json: bool) -> None:
-    """Revoke one SERIAL, or every certificate in use of a NAME. A running `up` ends its connections within 2 s."""
+    """Revoke one SERIAL, or every certificate in use of a NAME. A running `up` ends its connections within 2 s, and
+    makes no new one for it.
+    """
     with opened(state) as authority:
         revoked = authority.revoke(serial_or_name, RevocationReason(reason))
     rows = [
@@ -194,6 +197,8 @@ def revoke_(serial_or_name: str, reason: str, state: Path | None, as_json: bool)
         return
     for one in revoked:
         click.echo(f"revoked {', '.join(one.names) or 'a certificate'} (serial {serial_text(one.serial)})")
+    for names in dict.fromkeys(one.names for one in revoked if one.names):
+        click.echo(f"  next: to give it another one, on purpose: handfast issue {shlex.join(names)}")
 
 
 def guess_profile(names: tuple[Name, ...]) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -57,6 +58,9 @@ LISTEN = "127.0.0.1:9000"
 _RENEWALS = 60.0  # seconds between two looks whether the certificate is due
 # What curl ends with when TLS with the server, or the server's answer to our certificate, may be why (curl(1)).
 _CURL_TLS = frozenset({35, 52, 55, 56, 58, 60, 77, 83, 90, 91, 92})
+# How a URL begins among curl's words, and after which of its options it is not the one to call.
+_URLS = ("https://", "http://")
+_CURL_TAKES_URLS = frozenset({"-e", "--referer", "-x", "--proxy", "--preproxy", "--doh-url", "-H", "--header", "-d"})
 # With these curl does not go where the URL says, or not with our files; a trial of ours would tell nothing.
 _CURL_ELSEWHERE = ("--resolve", "--connect-to", "--proxy", "-x", "--socks", "--preproxy", "--unix-socket", "-E")
 
@@ -168,20 +172,20 @@ def connect_(
     context_settings={"ignore_unknown_options": True},
     epilog=example(
         "handfast curl https://api.internal:8443/status --as web",
-        "handfast curl https://api.internal:8443/ --as web -- --json '{}' -o answer",
+        "handfast curl --as web -sS https://api.internal:8443/ -- --json '{}' -o answer",
     ),
     short_help="Run curl with our certificate.",
 )
-@click.argument("url")
-@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[CURL-OPTIONS]...")
+@click.argument("words", nargs=-1, required=True, type=click.UNPROCESSED, metavar="URL [CURL-OPTIONS]...")
 @identity_options
 @as_json_option
-def curl_(url: str, words: tuple[str, ...], identity: Identity, as_json: bool) -> int:
+def curl_(words: tuple[str, ...], identity: Identity, as_json: bool) -> int:
     """Run the system's curl on URL with our certificate, key and trusted authorities; its exit code is ours.
 
-    What follows, curl gets, and after -- all of it. Where curl fails over TLS, we try the server as well, and say on
-    standard error what is wrong.
+    What else is given, curl gets, and after -- all of it. Where curl fails over TLS, we try the server as well, and say
+    on standard error what is wrong.
     """
+    url = _url_in(words)
     program = shutil.which("curl")
     if program is None:
         raise HandfastError(Reason.CONNECT_NO_CURL)
@@ -189,7 +193,7 @@ def curl_(url: str, words: tuple[str, ...], identity: Identity, as_json: bool) -
     material = _material(identity, _Server(host, None, None, tls12=True), None)
     generation = material.load(datetime.now(UTC))
     files = ["--cert", str(material.cert), "--key", str(material.key), "--cacert", str(material.ca)]
-    code = _call([program, *files, *words, url])
+    code = _call([program, *files, *words])
     tls = urlsplit(url).scheme == "https"
     if code not in _CURL_TLS or not tls or any(word.startswith(_CURL_ELSEWHERE) for word in words):
         return code
@@ -376,12 +380,14 @@ def _paths(identity: Identity) -> tuple[Path, Path, Path, str]:
 
     name, folder = identity.name, folder_of(identity.state)
     base, clients = file_base(parse_name(name, "any")), folder / "clients"  # the trust domain is no part of a base
-    renew = f"handfast issue {shlex.quote(name)} --out {shlex.quote(str(clients))} --force"
+    issue = f"handfast issue {shlex.quote(name)} --out {shlex.quote(str(clients))}"
+    issue += "" if identity.state is None else f" --state {shlex.quote(str(identity.state))}"
     cert, key = clients / f"{base}.crt", clients / f"{base}.key"
-    for path in (cert, key):
-        if not path.exists():
-            raise HandfastError(Reason.CONNECT_NO_CREDENTIAL, name=name, path=str(clients), next=renew)
-    return cert, key, identity.ca or folder / "root.crt", renew
+    missing = [path for path in (cert, key) if not path.exists()]
+    if missing:
+        step = issue if len(missing) == 2 else f"{issue} --force"  # one of the two would be in the way
+        raise HandfastError(Reason.CONNECT_NO_CREDENTIAL, name=name, path=str(clients), next=step)
+    return cert, key, identity.ca or folder / "root.crt", f"{issue} --force"
 
 
 def _renewal(identity: Identity, material: Material, passphrase_file: Path | None) -> Renewal | None:
@@ -404,6 +410,16 @@ def _server_name(host: str) -> Name:
         return Name(Kind.IP, str(ipaddress.ip_address(host)))
     except ValueError:
         return parse_dns(host.rstrip("."))
+
+
+def _url_in(words: tuple[str, ...]) -> str:
+    """The URL among curl's words: the first one, or that which begins as one. Raises UsageError."""
+    if not words[0].startswith("-"):
+        return words[0]
+    for before, word in pairwise(words):
+        if before == "--url" or (word.lower().startswith(_URLS) and before not in _CURL_TAKES_URLS):
+            return word
+    raise click.UsageError("there is no URL; give it first, or with https:// before it")
 
 
 def _host_of(url: str) -> tuple[str, int]:

@@ -118,7 +118,7 @@ def _run(words: list[str]) -> int:
         click.echo(help_text.format_message())
         return Exit.USAGE
     except click.UsageError as error:
-        return _fail(_usage(error), words)
+        return _fail(_usage(error, words), words)
     except VerificationFailed as error:
         return _fail(error.failure, words, error.failures[1:])
     except HandfastError as error:
@@ -150,8 +150,8 @@ def _verb(words: list[str]) -> str:
     return " ".join(known)
 
 
-def _usage(error: click.UsageError) -> Failure:
-    path = error.ctx.command_path if error.ctx else "handfast"
+def _usage(error: click.UsageError, words: list[str]) -> Failure:
+    path = error.ctx.command_path if error.ctx else _verb(words)  # what the parser finds has no context
     return Failure(Reason.USAGE, {"detail": error.format_message(), "help": f"see: {path} --help"})
 
 

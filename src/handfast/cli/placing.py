@@ -13,9 +13,9 @@ from handfast.files import disk_errors, read_file, write_private, write_public
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for results, if need be. Raises StoreError."""
+    """Make a folder for keys (mode 0700), if need be; one that is there stays as it is. Raises StoreError."""
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def check_places(paths: Iterable[Path], *, force: bool) -> None:

@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -24,7 +24,8 @@ from typing import Any
 import click
 
 from handfast.cli.output import print_json
-from handfast.errors import Failure, HandfastError, Reason
+from handfast.cli.starting import silent_apps
+from handfast.errors import Failure, HandfastError, Reason, Unreachable
 from handfast.guard import handover, systemd
 from handfast.guard.admin import Admin, AdminFacts, Drain, Reports, send_state, status_of, unready_for
 from handfast.guard.assembly import Assembly
@@ -52,6 +53,7 @@ _LOADED_LATE = (
 
 Make = Callable[[], AbstractContextManager[Assembly]]
 Ready = Callable[[list[str]], dict[str, object]]
+ReadyOrNot = Callable[[list[str], Sequence[str]], dict[str, object]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +90,15 @@ def serve(serving: Serving) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Telling:
-    """How a guard speaks to who started it."""
+    """How a guard speaks to who started it. `ready` is told the URLs, and of apps that do not answer (to people)."""
 
-    ready: Ready
+    ready: ReadyOrNot
     as_json: bool
+    silent: tuple[str, ...] = ()
+
+    def say(self, urls: list[str]) -> dict[str, object]:
+        """See `Serving.ready`."""
+        return self.ready(urls, self.silent)
 
 
 def run(config: Config, make: Make, telling: Telling) -> int:
@@ -99,7 +106,10 @@ def run(config: Config, make: Make, telling: Telling) -> int:
     count = config.workers or auto_workers()
     with make() as assembly:
         assembly.build(datetime.now(UTC))  # what is wrong is said before anything is bound
-    sockets = _sockets(config, count)
+        by_file = assembly.source is not None
+        if not telling.as_json:
+            telling = replace(telling, silent=tuple(silent_apps(assembly.upstreams())))
+    sockets = _sockets(config, count, by_file)
     admin = sockets.get(_ADMIN, [None])[0]
     try:
         if config.user is not None:
@@ -128,7 +138,7 @@ def _run_workers(
     def work(worker: Worker) -> int:
         own = {name: hands[worker.index] for name, hands in dealt.items()}
         with _confined(config, make) as assembly:
-            quiet = replace(telling, ready=lambda urls: {})
+            quiet = replace(telling, ready=lambda urls, silent: {})
             return serve(_serving(assembly, own, quiet, worker=worker, log_lock=lock))
 
     def oversee(worker: Worker) -> int:
@@ -141,7 +151,7 @@ def _run_workers(
     def say(event: str, fields: dict[str, Any]) -> None:
         if event == "serving":
             http = {listener.name: listener.mode is Mode.HTTP for listener in config.listeners}
-            log.ready(telling.ready([_as_url(http[name], address) for name, address in names.items()]))
+            log.ready(telling.say([_as_url(http[name], address) for name, address in names.items()]))
         log.emit(event, fields)
 
     hands = [[plug for name in dealt for plug in dealt[name][index]] for index in range(count)]
@@ -166,7 +176,8 @@ class _Process:
         self._serving = serving
         self._log = log
         metrics = Metrics(0 if serving.worker is None else serving.worker.index)
-        self._guard = Guard(serving.snapshot, log, drain=serving.drain, refresh=self._refresh, metrics=metrics)
+        by_file = serving.assembly is not None and serving.assembly.source is not None
+        self._guard = Guard(serving.snapshot, log, serving.drain, self._refresh, metrics, by_file=by_file)
         self._stop = asyncio.Event()
         self._connections_at_stop = 0
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them weakly
@@ -388,7 +399,7 @@ def _serving(assembly: Assembly, sockets: Mapping[str, list[socket.socket]], tel
     return Serving(
         snapshot,
         tuple(pairs),
-        telling.ready,
+        telling.say,
         telling.as_json,
         assembly.refresh,
         assembly.config.drain.total_seconds(),
@@ -398,8 +409,11 @@ def _serving(assembly: Assembly, sockets: Mapping[str, list[socket.socket]], tel
     )
 
 
-def _sockets(config: Config, count: int) -> dict[str, list[socket.socket]]:
-    """A listener's sockets by its name: those handed over, systemd's, or our own. Raises HandfastError."""
+def _sockets(config: Config, count: int, by_file: bool) -> dict[str, list[socket.socket]]:
+    """A listener's sockets by its name: those handed over, systemd's, or our own. Raises HandfastError.
+
+    `by_file`: whether the addresses stand in a file, and not in flags.
+    """
     before, given = handover.inherited(), systemd.listen_sockets()
     asked = [(listener.name, listener.listen, count) for listener in config.listeners]
     if config.admin is not None:
@@ -408,13 +422,23 @@ def _sockets(config: Config, count: int) -> dict[str, list[socket.socket]]:
     try:
         for name, listen, many in asked:
             place = parse_place(listen)
-            sockets[name] = _kept(before, name, place) or _take(place, given, many)
+            try:
+                sockets[name] = _kept(before, name, place) or _take(place, given, many)
+            except Unreachable as error:
+                raise Unreachable(error.reason, **error.facts, remedy=_elsewhere(name, by_file)) from None
     except HandfastError:
         _close(sockets)
         raise
     finally:
         _close(before)  # of listeners that are no more, or are elsewhere now
     return sockets
+
+
+def _elsewhere(name: str, by_file: bool) -> str:
+    """How to have a listener's address, or the admin listener's, be another."""
+    if by_file:
+        return f"choose another: listen in {'[admin]' if name == _ADMIN else f'the [[listener]] {name}'}"
+    return f"choose another with {'--admin' if name == _ADMIN else '--listen'} HOST:PORT"
 
 
 def _close(sockets: Mapping[str, list[socket.socket]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -14,10 +14,11 @@ from click.core import ParameterSource
 
 from handfast.cli.output import as_json_option, choice, example, first_line, key_passphrase_option, print_json
 from handfast.cli.running import TakenText, Telling, run
+from handfast.cli.starting import loose_files
 from handfast.errors import HandfastError
 from handfast.guard.assembly import Assembly, Feed
 from handfast.guard.assertion import Minter
-from handfast.guard.config import check_config, load_config
+from handfast.guard.config import KEYS, check_config, load_config
 from handfast.guard.handover import say_failed
 from handfast.guard.places import parse_place, parse_target
 from handfast.guard.schema import (
@@ -40,7 +41,7 @@ from handfast.wire.forwarding import HeaderStyle
 LISTEN = "127.0.0.1:8443"
 
 to_option = click.option(
-    "--to", "to", required=True, metavar="TARGET", help="The app: HOST:PORT, http://…, unix:PATH or tcp://HOST:PORT."
+    "--to", "to", required=True, metavar="TARGET", help="The app: HOST:PORT, https://…, unix:PATH or tcp://HOST:PORT."
 )
 listen_option = click.option(
     "--listen", default=LISTEN, show_default=True, metavar="HOST:PORT", help="Where to listen."
@@ -72,6 +73,14 @@ _file = click.Path(path_type=Path)
     "-c", "--config", "file", type=_file, metavar="FILE", help="A handfast.toml; takes the other flags' place."
 )
 @click.option("--check", is_flag=True, help="Say whether the configuration is good, and end.")
+@click.option(
+    "--keys",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda context, _parameter, asked: _say_keys(context, asked),
+    help="List the keys of a handfast.toml, and end.",
+)
 @click.option("--to", "to", metavar="TARGET", help="The app: HOST:PORT, https://…, h2c://…, unix:PATH or tcp://…")
 @click.option("--cert", type=_file, help="The server's certificate and chain.")
 @click.option("--key", type=_file, help="The server's private key.")
@@ -126,7 +135,7 @@ def _guard(config: Config, file: Path | None, check: bool, as_json: bool) -> int
             assembly.build(datetime.now(UTC))
         _say_checked(config, as_json)
         return 0
-    return run(config, make, Telling(partial(_ready, config, as_json), as_json))
+    return run(config, make, Telling(partial(_ready, config, loose_files(config, file), as_json), as_json))
 
 
 @contextmanager
@@ -194,6 +203,16 @@ def _workers(text: str) -> int:
     return int(text)
 
 
+def _say_keys(context: click.Context, asked: bool) -> None:
+    if not asked or context.resilient_parsing:
+        return
+    for key in KEYS:
+        click.echo(key.key)
+        default = f" Default: {key.default}." if key.default else ""
+        click.echo(f"    {key.text} Takes {key.kind}.{default}")
+    context.exit()
+
+
 def _say_checked(config: Config, as_json: bool) -> None:
     places = [f"{listener.name} on {listener.listen}" for listener in config.listeners]
     if as_json:
@@ -202,8 +221,10 @@ def _say_checked(config: Config, as_json: bool) -> None:
         click.echo(f"good: {len(places)} listener(s): {', '.join(places)}")
 
 
-def _ready(config: Config, as_json: bool, urls: list[str]) -> dict[str, object]:
-    shown = []
+def _ready(
+    config: Config, loose: list[str], as_json: bool, urls: list[str], silent: Sequence[str] = ()
+) -> dict[str, object]:
+    shown, warnings = [], [*loose, *silent]
     for url, listener in zip(urls, config.listeners, strict=True):
         sites = [_shown(site) for site in listener.all_sites]
         first = {"to": sites[0]["to"], "allow": sites[0]["allow"]}
@@ -216,8 +237,10 @@ def _ready(config: Config, as_json: bool, urls: list[str]) -> dict[str, object]:
                     methods = f"{','.join(route.methods)} " if route.methods else ""
                     click.echo(f"  {methods}{route.path} to {route.to or site.to}")
     if not as_json:
+        _warn(warnings)
         click.echo("Ctrl-C stops it\n")
-    return {"listeners": shown, "url": urls[0], "to": shown[0]["to"], "allow": shown[0]["allow"]}
+    first = {"url": urls[0], "to": shown[0]["to"], "allow": shown[0]["allow"]}
+    return {"listeners": shown, **first, "warnings": warnings}
 
 
 def _shown(site: SiteConfig) -> dict[str, Any]:
@@ -245,8 +268,14 @@ def _everyone(config: Config, site: SiteConfig) -> str:
             return f"every client with a certificate of {authority}"
 
 
-def say(url: str, target: str, allowed: list[str]) -> None:
-    """Say what is guarded, where, and who is let through."""
+def say(url: str, target: str, allowed: list[str], warnings: Sequence[str] = ()) -> None:
+    """Say what is guarded, where, who is let through, and what is not as it should be."""
     click.echo(f"guarding {target} at {url}")
     for line in allowed:
         click.echo(f"  {line}" if line.startswith(("allow", "deny")) else f"  let through: {line}")
+    _warn(warnings)
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        click.echo(f"  note: {warning}")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from textwrap import wrap
 
 import click
 import msgspec
@@ -27,6 +28,7 @@ ADMIN = "127.0.0.1:9464"
 PATIENCE = 5.0  # seconds for an answer
 MAX_ANSWER = 8 << 20  # bytes
 TOP = 5  # refusal reasons that are shown
+REASON_LINES = 4  # of why a reload was kept back
 WIDTH = 80
 
 _decode = msgspec.json.Decoder(Status).decode
@@ -182,7 +184,7 @@ def view(now: Status, before: Status | None, width: int = WIDTH) -> list[str]:
         _listeners(now, change),
         _latency(change),
         _refused(change),
-        _in_force(now),
+        _in_force(now, width),
         _upstreams(now["state"]),
         _workers(now["state"], change),
     )
@@ -308,7 +310,7 @@ def _refused(change: Change) -> list[Line]:
     return lines
 
 
-def _in_force(now: Status) -> list[Line]:
+def _in_force(now: Status, width: int) -> list[Line]:
     state = now["state"]
     lines: list[Line] = []
     for name, not_after in sorted(state["certificates"].items(), key=lambda item: item[1]):
@@ -323,6 +325,9 @@ def _in_force(now: Status) -> list[Line]:
         kept = outcome != "taken"
         words = f"{much:,.0f} {outcome}" + (f": {reason}" if kept and reason else "")
         lines.append((f"  {'reloads':<36}{words}", "yellow" if kept else ""))
+    if state["kept"]:
+        lines.append(("  the last reload was kept back; what was in force still is:", "red"))
+        lines += [(f"    {text}", "red") for text in wrap(state["kept"], max(10, width - 4))[:REASON_LINES]]
     if state["log_broken"]:
         lines.append((f"  {'log':<36}CANNOT BE WRITTEN", "red"))
     return [("in force", "bold"), *lines]
@@ -332,7 +337,7 @@ def _upstreams(state: State) -> list[Line]:
     lines: list[Line] = []
     for name, target, healthy, connections in state["upstreams"]:
         words = f"{'healthy' if healthy else 'DOWN'}, {_many(connections, 'connection')}"
-        lines.append((f"  {name:<14.14} {target:<27.27} {words:<24}", "" if healthy else "red"))
+        lines.append((f"  {_fit(name, 22)} {_fit(target, 29)} {words}", "" if healthy else "red"))
     return [("upstreams", "bold"), *lines] if lines else []
 
 
@@ -351,7 +356,7 @@ def _workers(state: State, change: Change) -> list[Line]:
 
 def _row(name: str, address: str, counts: tuple[str, ...], colour: str = "") -> Line:
     open_, accepted, refused, requests = counts
-    return (f"{name:<14.14} {address:<22.22} {open_:>7} {accepted:>11} {refused:>10} {requests:>11}", colour)
+    return (f"{_fit(name, 14)} {_fit(address, 22)} {open_:>7} {accepted:>11} {refused:>10} {requests:>11}", colour)
 
 
 def words_of(code: str) -> tuple[str, str]:
@@ -400,6 +405,14 @@ def _cut(text: str, width: int) -> str:
     """On one line, of printable characters, no wider than `width`: what answers may not be a guard."""
     shown = "".join(letter if letter.isprintable() else "?" for letter in text).rstrip()
     return shown if len(shown) <= width else shown[: width - 1] + "…"
+
+
+def _fit(text: str, width: int) -> str:
+    """A name in so many columns, cut in its midst: names that go together often begin alike, or end so."""
+    if len(text) <= width:
+        return f"{text:<{width}}"
+    end = width // 2
+    return f"{text[: width - 1 - end]}…{text[-end:]}"
 
 
 def _style(text: str, colour: str) -> str:

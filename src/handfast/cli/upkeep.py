@@ -6,7 +6,7 @@ It joins the authority and the guard, which do not know each other.
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -14,15 +14,17 @@ from cryptography import x509
 
 from handfast.authority import Authority, Issued
 from handfast.cli.output import first_line
-from handfast.errors import HandfastError, InvalidInput, Reason
-from handfast.files import generate_key, make_private_folder, write_private, write_public
+from handfast.errors import HandfastError, InvalidInput, Reason, StoreError
+from handfast.files import generate_key, make_private_folder, read_file, write_private, write_public
+from handfast.guard.assembly import caller_of
 from handfast.guard.routes import Snapshot, one_site
+from handfast.guard.schema import UpstreamConfig
 from handfast.guard.upstream import Upstreams
 from handfast.pki.certificates import certificate_names, encode_chain
 from handfast.pki.issuing import Order
 from handfast.pki.keys import KeyType, PrivateKey, encode_private_key
 from handfast.pki.names import Name
-from handfast.pki.pkcs12 import encode_p12
+from handfast.pki.pkcs12 import encode_p12, parse_p12
 from handfast.pki.profiles import PROFILES
 from handfast.pki.verification import Purpose, Terms, TrustBundle
 from handfast.policy import Policy
@@ -66,7 +68,9 @@ class Upkeep:
     """Makes snapshots for a guard from an authority. `refresh` is cheap when nothing has changed.
 
     A revocation never waits for a renewal: while certificates cannot be issued or written, as on a full disk,
-    those there are serve on, and what is revoked is refused. Raises InvalidInput where two clients would share files.
+    those there are serve on, and what is revoked is refused. A client whose last certificate was revoked gets no other
+    one here: it is `withheld` until somebody issues one on purpose. An app that speaks TLS is held to this authority.
+    Raises InvalidInput where two clients would share files.
     """
 
     authority: Authority
@@ -75,6 +79,7 @@ class Upkeep:
     settings: ServerSettings
     server_names: tuple[Name, ...]
     clients: tuple[ClientFiles, ...]
+    withheld: dict[ClientFiles, datetime] = field(default_factory=dict)  # and when they were revoked
     _credential: Credential | None = None
     _revision: int = -1
     _due: dict[Path | None, datetime] = field(default_factory=dict)  # when to renew: a client's file; None: the server
@@ -91,7 +96,7 @@ class Upkeep:
     def snapshot(self, now: datetime) -> Snapshot:
         """Everything as of now; issues what is missing."""
         for client in self.clients:
-            self._due[client.cert] = self._usable_until(client, now) or self._issue_client(client, now)
+            self._keep(client, now)
         self._issue_server(now)
         return self._as_of(now)
 
@@ -102,7 +107,7 @@ class Upkeep:
         for client in self.clients:
             if now >= self._due[client.cert]:
                 self._due[client.cert] = now + _PAUSE  # if it fails
-                self._issue_client(client, now)
+                self._keep(client, now)
         if now >= self._due[None]:
             self._due[None] = now + _PAUSE
             self._issue_server(now)
@@ -115,9 +120,33 @@ class Upkeep:
         bundle = TrustBundle(self.authority.trust_bundle(), self.authority.trust_domain)
         terms = Terms(bundle, Purpose.CLIENT, revocations=self.authority.revocations(now=now))
         context = ServerContext(self._credential, terms, self.settings)
+        if (target := self.upstreams.target).tls:
+            asked = UpstreamConfig(targets=(str(target),))
+            self.upstreams = replace(self.upstreams, handshake=caller_of(asked, bundle, terms.revocations))
         snapshot = Snapshot({LISTENER: one_site(context, self.policy, self.upstreams)})
         self._revision = revision
         return snapshot
+
+    def _keep(self, client: ClientFiles, now: datetime) -> None:
+        """Have a client's files serve, unless its last certificate was revoked."""
+        due = self._usable_until(client, now)
+        revoked = self._revoked_at(client) if due is None else None
+        if revoked is not None:
+            self.withheld[client] = revoked
+            self._due[client.cert] = now + _PAUSE
+            return
+        self.withheld.pop(client, None)
+        self._due[client.cert] = due or self._issue_client(client, now)
+
+    def _revoked_at(self, client: ClientFiles) -> datetime | None:
+        """When the last certificate of a client's name was revoked; None if it was not, or there was none."""
+        try:
+            known = self.authority.find(str(client.name))
+        except StoreError as error:
+            if error.reason is Reason.STORE_NO_CERTIFICATE:
+                return None
+            raise
+        return max(known, key=lambda record: (record.not_before, record.revoked_at is None)).revoked_at
 
     def _issue_server(self, now: datetime) -> None:
         key = generate_key(KeyType.P256)  # lives in this process alone; each start makes another
@@ -132,8 +161,7 @@ class Upkeep:
         except HandfastError:
             return None
         ours = leaf.issuer == self.authority.issuer.subject and client.name in certificate_names(leaf)
-        complete = client.p12.exists() and client.p12_password.exists()
-        if not (ours and complete) or self.authority.revocations(now=now).revoked(leaf):
+        if not (ours and _is_in_p12(leaf, client)) or self.authority.revocations(now=now).revoked(leaf):
             return None
         due = half_life(leaf)
         return due if now < due else None
@@ -163,6 +191,16 @@ def save_client(client: ClientFiles, key: PrivateKey, chain: tuple[x509.Certific
     write_private(client.p12, encode_p12(client.base.name, key, chain, password))
     write_private(client.key, encode_private_key(key))
     write_public(client.cert, encode_chain(chain))
+
+
+def _is_in_p12(leaf: x509.Certificate, client: ClientFiles) -> bool:
+    """Whether a client's PKCS#12 file is there and holds this certificate, and no older one."""
+    try:
+        password = first_line(client.p12_password)
+        _, chain = parse_p12(read_file(client.p12, "PKCS#12 file"), str(client.p12), password)
+    except HandfastError:
+        return False
+    return chain[:1] == (leaf,)
 
 
 def half_life(certificate: x509.Certificate) -> datetime:

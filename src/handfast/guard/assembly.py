@@ -412,7 +412,7 @@ class _Making:
         return Upstreams(
             name=name,
             backends=backends,
-            handshake=_caller(asked, bundle, self.revocations) if secure else None,
+            handshake=caller_of(asked, bundle, self.revocations) if secure else None,
             round_robin=asked.balance is Balance.ROUND_ROBIN,
             retries=asked.retries,
             connect=connect,
@@ -423,8 +423,11 @@ class _Making:
         )
 
 
-def _caller(asked: UpstreamConfig, bundle: TrustBundle, revocations: Revocations) -> Callable[[Target], Handshake]:
-    """What begins TLS towards a target: read once, and a context for each target's own name."""
+def caller_of(asked: UpstreamConfig, bundle: TrustBundle, revocations: Revocations) -> Callable[[Target], Handshake]:
+    """Return what begins TLS towards a target: files are read once, and each target is held to its own name.
+
+    Raises HandfastError for what is wrong with the files, and InvalidInput for a target that has no name.
+    """
     credential = None
     if asked.cert is not None and asked.key is not None:
         credential = load_credential(asked.cert, asked.key)

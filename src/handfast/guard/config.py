@@ -185,7 +185,9 @@ _LIMITS = Table(
             "How many may come at once after a rest, where a rate is limited.",
             default="one second's",
         ),
-        "max_body": Key(kinds.or_word("off", None, kinds.whole(0)), "The largest body of a request, in bytes."),
+        "max_body": Key(
+            kinds.or_word("off", None, kinds.whole(0, unit="bytes")), "The largest body of a request, in bytes."
+        ),
     },
     LimitsConfig(),
     lambda given: LimitsConfig(**given),

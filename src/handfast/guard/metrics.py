@@ -5,7 +5,8 @@ and of the operator's settings, never a client's identity, path or host, and the
 
 Theory of operation. Each worker has a `Metrics`; to count is to add to a number in a dict, without a lock, since
 one event loop does it. `state()` is a copy as plain values. `Totals` takes the workers' states and makes one:
-counters add, and what a worker had counted stays when it dies, so that no total goes down. Of what is not a sum
+counters add, and what a worker had counted stays when it dies, so that no total goes down. Workers
+share one configuration and reload together, so the first alone counts reloads. Of what is not a sum
 the worst holds: the oldest snapshot, the earliest expiry, a broken log, an upstream that one worker cannot reach.
 """
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 # Seconds; 1, 2.5, 5 a decade, from a request on this machine to the longest wait for an app.
 BOUNDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 MAX_SERIES = 500  # of one name; more are counted together as `other`
+MAX_DETAIL = 500  # characters of why a reload was kept back
 MAX_NAMED = 200  # certificates and upstreams that are shown; of certificates those that end first
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"  # Prometheus' text format
@@ -65,6 +67,7 @@ class State(TypedDict):
     certificates: dict[str, float]  # when each ends
     upstreams: list[tuple[str, str, bool, int]]  # name, target, healthy, connections
     log_broken: bool
+    kept: str  # why the last reload left in force what was, in words; "": it did not
 
 
 COUNTERS = {
@@ -115,6 +118,7 @@ class Metrics:
         self._certificates: dict[str, float] = {}
         self._upstreams: dict[tuple[str, str], tuple[bool, int]] = {}
         self._log_broken = False
+        self._kept = ""
 
     def handshake(self, outcome: str, reason: str, seconds: float, listener: str) -> None:
         """Count a handshake; `outcome` is `accept` or `deny`."""
@@ -148,9 +152,13 @@ class Metrics:
         """Count what a limit refused."""
         _count(self._counters["limited"], (reason,), 1)
 
-    def reload(self, outcome: str, reason: str) -> None:
-        """Count a reload; `outcome` is `taken` or `kept`, where what was in force stays for `reason`."""
-        _count(self._counters["reloads"], (outcome, reason), 1)
+    def reload(self, outcome: str, reason: str, detail: str = "") -> None:
+        """Count a reload, in the first worker alone; `outcome` is `taken`, or `kept` where what was in force stays for
+        `reason`, in words `detail`.
+        """
+        self._kept = detail[:MAX_DETAIL]
+        if self._worker == 0:
+            _count(self._counters["reloads"], (outcome, reason), 1)
 
     def set_snapshot(self, generation: int, loaded_at: float, certificate_not_after: Mapping[str, float]) -> None:
         """Say what is in force. Instants are Unix seconds. Upstreams are forgotten, to be said anew."""
@@ -184,6 +192,7 @@ class Metrics:
             certificates=dict(self._certificates),
             upstreams=[(*names, *facts) for names, facts in self._upstreams.items()],
             log_broken=self._log_broken,
+            kept=self._kept,
         )
 
 
@@ -269,6 +278,7 @@ def merge(states: Iterable[State]) -> State:
         certificates=certificates,
         upstreams=[(*names, *facts) for names, facts in upstreams.items()],
         log_broken=any(state["log_broken"] for state in every),
+        kept=next((state["kept"] for state in every if state["kept"]), ""),
     )
 
 

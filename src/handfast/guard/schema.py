@@ -17,12 +17,13 @@ from itertools import pairwise
 from pathlib import Path
 
 from handfast.errors import InvalidInput
-from handfast.guard.places import Target, parse_place, parse_target
+from handfast.guard.places import Place, Target, parse_place, parse_target
 from handfast.pki.names import parse_pattern
 from handfast.policy import parse_rule
 from handfast.tls.server import ClientAuth
 from handfast.wire.forwarding import DEFAULT_STYLES, HeaderStyle
 
+_LOCAL = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1"}  # noqa: S104  # where what is sent there arrives
 _STAND_IN = "trust-domain.invalid"  # for checking rules whose trust domain is the authority's, known once it is read
 
 
@@ -284,11 +285,11 @@ def _in_listener(config: Config, listener: ListenerConfig, table: str) -> Iterat
     yield from _sites_that_compete(sites)
     for spot, site in sites:
         yield from _in_site(config, site, spot)
-        if site.to is not None:
-            yield from _destination(config, listener.mode, site.to, f"{spot}.to", f"{table}.mode")
-        for at, route in enumerate(site.routes):
-            if route.to is not None:
-                yield from _destination(config, listener.mode, route.to, f"{spot}.route[{at}].to", f"{table}.mode")
+        asked = [(f"{spot}.to", site.to), *((f"{spot}.route[{at}].to", one.to) for at, one in enumerate(site.routes))]
+        for at, to in asked:
+            if to is not None:
+                yield from _destination(config, listener.mode, to, at, f"{table}.mode")
+                yield from _round_trip(config, listener, to, (at, f"{table}.listen"))
         if listener.mode is Mode.TCP:
             yield from _bytes_only(site, spot, f"{table}.mode")
 
@@ -427,6 +428,19 @@ def _destination(config: Config, mode: Mode, to: str, at: str, mode_at: str) -> 
             yield Problem(at, detail, ("state",))
 
 
+def _round_trip(config: Config, listener: ListenerConfig, to: str, spots: tuple[str, str]) -> Iterator[Problem]:
+    """A guard that would call itself; what does not parse is told of by other checks."""
+    try:
+        place = parse_place(listener.listen)
+        targets = [parse_target(text) for text in config.upstream(to).targets]
+    except InvalidInput:
+        return
+    for target in targets:
+        if leads_back(target, place):
+            at, listen = spots
+            yield Problem(at, f"{target} is where this listener listens itself; the app is elsewhere", (listen,))
+
+
 def _in_upstream(config: Config, upstream: UpstreamConfig, table: str) -> Iterator[Problem]:
     targets: list[Target] = []
     if not upstream.targets:
@@ -471,6 +485,15 @@ def _speech(config: Config, upstream: UpstreamConfig, targets: list[Target], tab
         yield Problem(f"{table}.ca", detail, ("state",))
     if upstream.server_name is None and upstream.expect is None and any(one.path for one in targets):
         yield Problem(f"{table}.server_name", "is missing: a socket has no name to judge the server by")
+
+
+def leads_back(target: Target, place: Place) -> bool:
+    """Whether a target is the very place that is listened on, so that a guard would call itself."""
+    if target.path or place.path or place.systemd:
+        return bool(place.path) and target.path == place.path
+    ours, theirs = (_LOCAL.get(host, host) for host in (place.host, target.host))
+    everywhere = place.host in ("0.0.0.0", "::") and theirs in ("127.0.0.1", "::1")  # noqa: S104  # compared with
+    return place.port == target.port and (ours == theirs or everywhere)
 
 
 def _loopback(listen: str) -> bool:

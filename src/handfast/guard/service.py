@@ -31,7 +31,8 @@ _SPARE = (16, 128)  # descriptors, least and most, kept for apps, files and the 
 class Guard:
     """A running guard. `refresh` is asked each tick for a new snapshot; None keeps the one in force.
 
-    `drain`: seconds that open requests have, once the guard is told to stop.
+    `drain`: seconds that open requests have, once the guard is told to stop. `by_file`: whether its settings stand in
+    a file, which remedies then name.
     """
 
     snapshot: Snapshot
@@ -40,6 +41,7 @@ class Guard:
     refresh: Callable[[datetime], Snapshot | None] | None = None
     metrics: Metrics = field(default_factory=Metrics)
     connections: set[Connection] = field(default_factory=set)
+    by_file: bool = False
     draining: bool = False
     drain_until: float = 0.0  # on the clock of `monotonic`
     loaded: float = field(default_factory=time)  # when the snapshot in force came, seconds since 1970
@@ -172,15 +174,15 @@ class Guard:
         except HandfastError as error:  # what is in force stays, whole; said once per cause
             if self._reload_failure != str(error):
                 self._reload_failure = str(error)
-                kept = {"outcome": "kept", "reason": error.reason.code, "detail": str(error)}
-                self.log.emit("reload", self.now, kept)
-                self.metrics.reload("kept", error.reason.code)
+                self.log.emit("reload", self.now, {"outcome": "kept"} | told(error.failure))
+                step = f"; next: {error.hint}" if error.hint else ""
+                self.metrics.reload("kept", error.reason.code, f"{error}{step}")
         except Exception as bug:  # ours; time and trust must go on being looked at
             if self._reload_failure != repr(bug):
                 self._reload_failure = repr(bug)
                 failure = Failure(Reason.BUG, {"detail": repr(bug)[:200]})
                 self.log.emit("reload", self.now, {"outcome": "kept"} | told(failure))
-                self.metrics.reload("kept", failure.reason.code)
+                self.metrics.reload("kept", failure.reason.code, failure.message)
 
 
 def _ceiling() -> float:

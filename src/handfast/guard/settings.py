@@ -218,8 +218,8 @@ def text(words: str, pattern: str = r".+") -> Kind:
     return Kind(words, read)
 
 
-def whole(low: int, high: int = MAX_NUMBER) -> Kind:
-    """A whole number, ends included."""
+def whole(low: int, high: int = MAX_NUMBER, unit: str = "") -> Kind:
+    """A whole number, ends included; `unit` is what it counts, in words."""
 
     def read(value: object, spot: Spot) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
@@ -227,7 +227,7 @@ def whole(low: int, high: int = MAX_NUMBER) -> Kind:
         return value
 
     span = f", {low} or more" if high == MAX_NUMBER else f" from {low} to {high}"
-    return Kind(f"a whole number{span}", read)
+    return Kind(f"a whole number{unit and f' of {unit}'}{span}", read)
 
 
 def length(low: str, high: str) -> Kind:

@@ -1,0 +1,129 @@
+"""What a person should hear when a guard starts: apps that do not answer yet, and files that others may read or change.
+
+It refuses nothing: an app may come later, and containers mount keys with whatever mode they have.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic
+
+from handfast.errors import VerificationFailed
+from handfast.guard.places import Target
+from handfast.guard.schema import Config
+from handfast.guard.upstream import Handshake, Upstreams
+from handfast.tls.server import TlsBroken
+
+_LONGEST = 2.0  # seconds to look at all apps; those that are left then are not looked at
+_EACH = 1.0  # seconds for one
+_MOST_RECORDS = 1 << 17  # bytes of a handshake
+
+
+def silent_apps(groups: Iterable[Upstreams]) -> list[str]:
+    """Which backends take no connection, or no TLS where it is to be spoken; nothing is asked of those that do."""
+    said: list[str] = []
+    deadline = monotonic() + _LONGEST
+    for group in groups:
+        for backend in group.backends:
+            if monotonic() >= deadline:
+                return said
+            target = backend.target
+            # A PROXY header would have to come first, and there is no client to tell of.
+            handshake = None if group.handshake is None or group.proxy or not target.tls else group.handshake(target)
+            problem = _look(target, handshake)
+            if problem and problem not in said:
+                said.append(problem)
+    return said
+
+
+def _look(target: Target, handshake: Handshake | None) -> str:
+    detail = ""
+    try:
+        with _connected(target) as plug:
+            if handshake is not None:
+                _shake_hands(plug, handshake)
+    except (TlsBroken, VerificationFailed) as refused:
+        return f"no TLS with {target} yet: {refused.failure.message}"
+    except TimeoutError:
+        detail = f"no answer in {_EACH:g} s"
+    except (socket.gaierror, UnicodeError):
+        detail = "its name is not known"
+    except OSError as error:
+        detail = os.strerror(error.errno).lower() if error.errno else str(error)
+    return f"nothing answers at {target} yet ({detail})" if detail else ""
+
+
+def _connected(target: Target) -> socket.socket:
+    if not target.path:
+        return socket.create_connection((target.host, target.port), _EACH)
+    plug = socket.socket(socket.AF_UNIX)
+    try:
+        plug.settimeout(_EACH)
+        plug.connect(target.path)
+    except OSError:
+        plug.close()
+        raise
+    return plug
+
+
+def _shake_hands(plug: socket.socket, handshake: Handshake) -> None:
+    """One handshake, and no byte more. Raises TlsBroken, VerificationFailed and OSError."""
+    records, left, deadline = b"", _MOST_RECORDS, monotonic() + _EACH
+    try:
+        while handshake.feed(records) is None:
+            plug.sendall(handshake.take())
+            records = plug.recv(1 << 14)
+            left -= len(records)
+            if not records or left < 0:
+                raise OSError("it closed in the midst of the TLS handshake")
+            if monotonic() >= deadline:
+                raise TimeoutError
+    finally:
+        with suppress(OSError):  # it may be gone; what went wrong before says more
+            plug.sendall(handshake.take())
+
+
+def loose_files(config: Config, source: Path | None) -> list[str]:
+    """The files of a guard that others may read or change and should not, each with what closes it.
+
+    `source`: the file that the configuration came from.
+    """
+    sites = [site for listener in config.listeners for site in listener.all_sites]
+    upstreams = list(config.upstreams.values())
+    secret = [path for site in sites for path in (site.key, site.key_passphrase_file)]
+    secret += [upstream.key for upstream in upstreams]
+    secret += [] if config.assertion is None else [config.assertion.key]
+    open_to_all = [source]
+    open_to_all += [path for site in sites for path in (site.cert, site.client_ca, site.allow_file, *site.crl)]
+    open_to_all += [path for upstream in upstreams for path in (upstream.ca, upstream.cert)]
+    return [*loose_keys(secret), *_changeable(open_to_all)]
+
+
+def loose_keys(paths: Iterable[Path | None]) -> Iterator[str]:
+    """Those of these private keys that others may read or change. What a group may read passes: some do."""
+    for path, mode in _modes(paths):
+        if mode & 0o026:
+            what = "read" if mode & 0o004 else "changed"
+            yield f"{path} can be {what} by others (mode {mode:03o}); close it: chmod 600 {shlex.quote(str(path))}"
+
+
+def _changeable(paths: Iterable[Path | None]) -> Iterator[str]:
+    for path, mode in _modes(paths):
+        if mode & 0o002:
+            yield f"{path} can be changed by others (mode {mode:03o}); close it: chmod o-w {shlex.quote(str(path))}"
+
+
+def _modes(paths: Iterable[Path | None]) -> Iterator[tuple[Path, int]]:
+    for path in dict.fromkeys(paths):
+        if path is None:
+            continue
+        try:
+            yield path, stat.S_IMODE(path.stat().st_mode)
+        except OSError:  # whoever needs it says so
+            continue
