@@ -11,18 +11,12 @@ from OpenSSL import SSL
 
 from handfast.errors import Failure, InvalidInput, Reason
 from handfast.pki import Purpose, Terms, TrustBundle
+from handfast.tls.channel import Channel, TlsBroken
 from handfast.tls.client import ClientHandshake
 from handfast.tls.credential import Credential
 from handfast.tls.engine import engine_version
 from handfast.tls.reasons import handshake_failure
-from handfast.tls.server import (
-    Accepted,
-    Channel,
-    Refused,
-    ServerContext,
-    ServerSettings,
-    TlsBroken,
-)
+from handfast.tls.server import Accepted, Refused, ServerContext, ServerSettings
 from tests.support.certs import Ca, Leaf
 
 ROOT = Ca.root()

@@ -8,8 +8,9 @@ import pytest
 
 from handfast.pki import Purpose, Terms, TrustBundle
 from handfast.tls import transcript
+from handfast.tls.channel import TlsBroken
 from handfast.tls.credential import Credential
-from handfast.tls.server import Accepted, Refused, ServerContext, ServerSettings, TlsBroken
+from handfast.tls.server import Accepted, Refused, ServerContext, ServerSettings
 from handfast.tls.transcript import Offer, Recorder, WatchedClient, WatchedServer
 from handfast.wire import messages as m
 from handfast.wire.records import Event, Side

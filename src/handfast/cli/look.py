@@ -23,11 +23,11 @@ from handfast.pki.inspect import describe, render
 from handfast.pki.names import parse_name
 from handfast.pki.revocation import check_crls, parse_crls
 from handfast.pki.verification import Purpose, Terms, verify
+from handfast.tls.channel import TlsBroken
 from handfast.tls.client import ClientHandshake, ServerFacts, server_name_of
 from handfast.tls.credential import load_bundle
 from handfast.tls.engine import engine_version
 from handfast.tls.judge import judge_offline
-from handfast.tls.server import TlsBroken
 
 _CONNECT_LIMIT = 10.0  # seconds for a server that is looked at
 _CRL_LIMIT = 64 << 20  # bytes: a list of a million revocations

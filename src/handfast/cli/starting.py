@@ -18,7 +18,7 @@ from handfast.errors import VerificationFailed
 from handfast.guard.places import Target
 from handfast.guard.schema import Config
 from handfast.guard.upstream import Handshake, Upstreams
-from handfast.tls.server import TlsBroken
+from handfast.tls.channel import TlsBroken
 
 _LONGEST = 2.0  # seconds to look at all apps; those that are left then are not looked at
 _EACH = 1.0  # seconds for one

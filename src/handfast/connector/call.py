@@ -20,8 +20,8 @@ from handfast.connector.words import Own, Verdict, broken, silent, unreachable, 
 from handfast.errors import Failure, Reason, VerificationFailed
 from handfast.guard.places import join_address
 from handfast.pki.verification import VerifiedPeer
+from handfast.tls.channel import Channel, TlsBroken
 from handfast.tls.client import ClientContext, ServerFacts
-from handfast.tls.server import Channel, TlsBroken
 
 _RESET = struct.pack("ii", 1, 0)  # socket(7): with a linger time of zero, close sends RST
 _YOUNG = 5.0  # seconds: a server that closes sooner than that did not simply tire of waiting

@@ -28,7 +28,7 @@ from handfast.connector.call import Call, CallFailed, reset
 from handfast.connector.words import Verdict
 from handfast.errors import Failure, Reason
 from handfast.guard.events import refusal_body, told
-from handfast.tls.server import TlsBroken
+from handfast.tls.channel import TlsBroken
 from handfast.wire.http1 import plain_response
 
 if TYPE_CHECKING:

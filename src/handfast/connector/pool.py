@@ -13,7 +13,7 @@ from time import monotonic
 
 from handfast.connector.call import Call, CallFailed
 from handfast.connector.words import Verdict
-from handfast.tls.server import TlsBroken
+from handfast.tls.channel import TlsBroken
 
 # Seconds that a call may wait. The limit is a minute, at which servers such as nginx (client_header_timeout) end a
 # connection that asks nothing; stay clear of it, or a request would meet the end half way.

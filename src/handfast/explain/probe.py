@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 
 from handfast.errors import Failure, Reason, Unreachable
 from handfast.explain.model import Ending, Recording
-from handfast.tls.server import Accepted, Channel, Refused, ServerContext, TlsBroken
+from handfast.tls.channel import Channel, TlsBroken
+from handfast.tls.server import Accepted, Refused, ServerContext
 from handfast.tls.transcript import Offer, Recorder, WatchedClient, WatchedServer
 from handfast.wire.records import MAX_HANDSHAKE, Chunk, Side
 

@@ -36,7 +36,8 @@ from handfast.guard.routes import Site
 from handfast.guard.upstream import Upstreams
 from handfast.pki.certificates import common_names
 from handfast.pki.verification import VerifiedPeer
-from handfast.tls.server import Channel, Facts, TlsBroken
+from handfast.tls.channel import Channel, TlsBroken
+from handfast.tls.server import Facts
 from handfast.wire.proxy import Address, Endpoints, TlsFacts, proxy_v2
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from handfast.guard.http2_refusing import Http2Refusing
 from handfast.guard.ocsp import Verdict
 from handfast.guard.tunnel import Tunnel
 from handfast.pki.certificates import label, serial_text
-from handfast.tls.server import Accepted, Channel, Refused, ServerHandshake
+from handfast.tls.channel import Channel
+from handfast.tls.server import Accepted, Refused, ServerHandshake
 from handfast.wire.alerts import Alert, alert_record
 from handfast.wire.hello import HelloReader
 from handfast.wire.http1 import MAX_HEAD, find_head, plain_response

@@ -22,7 +22,7 @@ from handfast.guard.door import Admission, Door
 from handfast.guard.events import Logged, Timing
 from handfast.guard.places import Speech
 from handfast.guard.upstream import SecureUpstream, Upstream, Upstreams, unanswered
-from handfast.tls.server import Channel
+from handfast.tls.channel import Channel
 from handfast.wire.bodies import Body, BodyKind, body_reader
 from handfast.wire.http1 import (
     MAX_HEAD,

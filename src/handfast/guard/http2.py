@@ -40,7 +40,7 @@ from handfast.guard.http2_streams import Stream
 from handfast.guard.http2_upstream import AppConnection
 from handfast.guard.places import Speech
 from handfast.guard.upstream import Upstreams
-from handfast.tls.server import Channel
+from handfast.tls.channel import Channel
 from handfast.wire.http1 import Header, RequestHead, rewrite_request
 from handfast.wire.http2 import request_fields, request_head, trailer_fields
 from handfast.wire.identity import fold

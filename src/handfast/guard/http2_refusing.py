@@ -14,7 +14,7 @@ from h2.exceptions import ProtocolError
 from handfast.errors import Reason
 from handfast.guard.events import refusal_body
 from handfast.guard.http2_frames import machine
-from handfast.tls.server import Channel
+from handfast.tls.channel import Channel
 from handfast.wire.http1 import MAX_HEAD
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from handfast.errors import Failure, Reason
 from handfast.guard.events import told
 from handfast.guard.upstream import SecureUpstream, Upstream
 from handfast.policy import Decision, Effect, decide
-from handfast.tls.server import Channel
+from handfast.tls.channel import Channel
 
 if TYPE_CHECKING:
     from handfast.guard.connection import Connection

@@ -19,7 +19,7 @@ from typing import Protocol, cast
 from handfast.errors import Failure, Reason, VerificationFailed
 from handfast.guard.places import Target
 from handfast.guard.schema import HealthConfig
-from handfast.tls.server import Channel, TlsBroken
+from handfast.tls.channel import Channel, TlsBroken
 from handfast.wire.proxy import proxy_v2
 from handfast.wire.usual import Answers
 

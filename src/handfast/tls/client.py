@@ -17,11 +17,11 @@ from OpenSSL import SSL
 from handfast.errors import Failure, InvalidInput, Reason, VerificationFailed
 from handfast.pki.names import Kind, Pattern
 from handfast.pki.verification import Terms, VerifiedPeer, verify
+from handfast.tls.channel import Channel, TlsBroken
 from handfast.tls.credential import Credential
 from handfast.tls.engine import new_context, parse, renew_memory, step, take, write_whole
 from handfast.tls.judge import Judge, Judging, judge_within
 from handfast.tls.reasons import handshake_failure
-from handfast.tls.server import Channel, TlsBroken
 
 
 @dataclass(frozen=True, slots=True)

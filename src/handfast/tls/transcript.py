@@ -14,10 +14,11 @@ from typing import Any
 
 from OpenSSL import SSL
 
+from handfast.tls.channel import Channel
 from handfast.tls.client import ClientHandshake
 from handfast.tls.credential import Credential
 from handfast.tls.engine import ffi, lib
-from handfast.tls.server import Accepted, Channel, Refused, ServerContext
+from handfast.tls.server import Accepted, Refused, ServerContext
 from handfast.wire.records import MAX_HANDSHAKE, ContentType, Event, Side
 
 MAX_EVENTS = 2000  # of one connection that are kept
