@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import random
+import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from OpenSSL import SSL
 
 from handfast.errors import Failure, InvalidInput, Reason
@@ -15,11 +22,13 @@ from handfast.tls.channel import Channel, TlsBroken
 from handfast.tls.client import ClientHandshake
 from handfast.tls.credential import Credential
 from handfast.tls.engine import engine_version
+from handfast.tls.probe import Offer, Probe, ProbeRefused
 from handfast.tls.reasons import handshake_failure
-from handfast.tls.server import Accepted, Refused, ServerContext, ServerSettings
-from tests.support.certs import Ca, Leaf
+from handfast.tls.server import Accepted, Refused, ServerContext, ServerHandshake, ServerSettings
+from tests.support.certs import DAY, Ca, Leaf
 
 ROOT = Ca.root()
+_SERVERS, _CLIENTS = ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH
 SERVER = ROOT.server()
 
 
@@ -212,3 +221,67 @@ def test_the_engine_has_a_name() -> None:
     words = engine_version().split()
     assert words[0] == "OpenSSL"
     assert tuple(map(int, words[1].split(".")[:2])) >= (3, 5)
+
+
+@pytest.mark.parametrize("answer_refusals", [False, True])
+@pytest.mark.parametrize("usages", [[_SERVERS], [_SERVERS, _CLIENTS], None])
+def test_an_authority_for_servers_makes_no_clients(
+    answer_refusals: bool, usages: list[x509.ObjectIdentifier] | None
+) -> None:
+    """What an issuing authority may certify by its extended key usage binds its leaves, in both modes."""
+    client = ROOT.sub(eku=usages).client()
+    handshake = _context(answer_refusals=answer_refusals).accept(_now)
+    ders = tuple(one.public_bytes(Encoding.DER) for one in client.presented)
+    outcome = _with(handshake, Probe(Offer("localhost", ders, client.key)))
+    if usages == [_SERVERS]:
+        assert isinstance(outcome, Refused)
+        assert outcome.failures[0].reason is Reason.VERIFY_PURPOSE
+    else:
+        assert isinstance(outcome, Accepted)
+
+
+def _with(handshake: ServerHandshake, probe: Probe) -> Accepted | Refused | None:
+    """How the handshake with a probe ends."""
+    outcome = None
+    for _ in range(6):
+        probe.feed(handshake.take())
+        outcome = handshake.feed(probe.take())
+        if outcome is not None:
+            break
+    return outcome
+
+
+@pytest.mark.parametrize("answer_refusals", [False, True])
+def test_a_strangers_keys_cost_little(answer_refusals: bool) -> None:
+    """A chain of nine strangers with exponents of 3,070 bits costs no multiple of one with usual exponents."""
+    signer, numbers = rsa.generate_private_key(65537, 3072), random.Random(1)
+    key = ec.generate_private_key(ec.SECP256R1())
+
+    def chain(exponent: int | None) -> tuple[bytes, ...]:
+        made = []
+        for at in range(10):
+            modulus = 3 << 3070 | numbers.getrandbits(3070) | 1
+            public: Any = key.public_key()
+            if at:
+                public = rsa.RSAPublicNumbers(
+                    exponent or 1 << 3070 | numbers.getrandbits(3070) | 1, modulus
+                ).public_key()
+            names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"c{at + up}")]) for up in (0, 1)]
+            builder = x509.CertificateBuilder(names[1], names[0], public, at + 1, _now() - DAY, _now() + DAY)
+            if at:
+                builder = builder.add_extension(x509.BasicConstraints(True, None), True)
+            made.append(builder.sign(signer, hashes.SHA256()).public_bytes(Encoding.DER))
+        return tuple(made)
+
+    def cost(exponent: int | None) -> float:
+        presented, spent = chain(exponent), []
+        for _ in range(3):
+            handshake, probe = _context(answer_refusals=answer_refusals).accept(_now), Probe(Offer("x", presented, key))
+            began = time.thread_time()
+            with suppress(ProbeRefused):
+                outcome = _with(handshake, probe)
+                assert isinstance(outcome, Refused)
+            spent.append(time.thread_time() - began)
+        return min(spent)
+
+    assert cost(None) < 5 * cost(65537)

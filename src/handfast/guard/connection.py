@@ -233,7 +233,7 @@ class Connection(asyncio.Protocol):
     def drain(self) -> None:
         """Finish what is under way, and nothing more. Who is coming in may ask once: a hand-over refuses nobody."""
         if self._session is not None:
-            self._session.finish()
+            self._have(self._session.finish)
         elif isinstance(self._state, Handshaking | Announced):
             self.hurry()
 

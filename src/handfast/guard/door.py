@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from handfast.guard.connection import Connection
     from handfast.guard.service import Guard
 
-_MOST_KNOWN = 64  # requests of a caller that are remembered
-_MOST_CALLERS = 512  # of a site that are
+_MOST_KNOWN = 32  # requests of a caller that are remembered
+_MOST_CALLERS = 128  # of a site that are
 _LONGEST_KNOWN = 512  # bytes of a path
 _LONGEST_SHOWN = 200  # bytes of a path in a sentence
 # What a proxy says of the client's side; ours replaces whatever the client sent.

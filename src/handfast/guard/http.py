@@ -183,6 +183,8 @@ class HttpSession:
     def finish(self) -> None:
         """Answer what is under way, then close. Who came in and has not asked yet may do so once."""
         self._finishing = True
+        if self._closed:
+            return
         if not self._count:
             self._connection.hurry()
         elif self._exchange is None and not self._buffer:

@@ -150,7 +150,7 @@ class Http2Session:
 
     def finish(self) -> None:
         """Answer what is under way, then close. The client may ask the rest elsewhere (RFC 9113 6.8)."""
-        if self._finishing:
+        if self._finishing or self._closed:
             return
         if not self._count:  # it came in and has not asked yet: it may
             self.connection.hurry()
@@ -206,6 +206,8 @@ class Http2Session:
             self._client_ended()
 
     def _on(self, event: Event) -> None:
+        if self._closed:  # by what came before it in the same breath: it is nobody's
+            return
         match event:
             case RequestReceived():
                 self._on_request(event)
@@ -221,6 +223,8 @@ class Http2Session:
                 elif (stream := self.hungry.pop(event.stream_id, None)) is not None:
                     stream.pump()
             case StreamReset():
+                if not event.remote_reset:  # made to reset it ourselves, at no less a cost (CVE-2025-8671)
+                    self.frames.spend_reset()
                 if (stream := self._streams.get(event.stream_id)) is not None:
                     stream.gone()
             case TrailersReceived():

@@ -130,6 +130,10 @@ class Frames:
 
     def __next__(self) -> Frame:
         frame = next(self.reader, None)
+        while isinstance(frame, GoAwayFrame):
+            self.saw_quiet()
+            self.goaway = frame
+            frame = next(self.reader, None)
         if frame is None:
             # The library looks at a frame's length when all of it has come: up to 16 MiB that it would keep.
             begun = self.reader._data
@@ -146,9 +150,6 @@ class Frames:
                 self._resets.spend()
         else:
             self.saw_quiet()
-            if isinstance(frame, GoAwayFrame):
-                self.goaway = frame
-                return next(self)
         return frame
 
 

@@ -81,7 +81,7 @@ class Line:
 
     def drop(self, *, cut: bool = False) -> None:
         """Close it; the request on it, if any, is somebody else's worry."""
-        self._stream = None
+        self._stream, self._full = None, False
         if self._dialling is not None:
             self._dialling.cancel()
             self._dialling = None

@@ -72,7 +72,7 @@ class Http2Refusing:
 
     def _answer(self, event: RequestReceived) -> None:
         body, made, identifier = refusal_body(self._reason, self._connection.id), self._machine, event.stream_id
-        if not made.streams[identifier].closed:  # else it was reset in the same breath
+        if made.live(identifier) is not None:  # else it was reset in the same breath
             bodiless = (b":method", b"HEAD") in event.headers or made.local_flow_control_window(identifier) < len(body)
             fields = [(b":status", b"%d" % (self._reason.http or 403)), (b"content-type", b"application/json")]
             made.send_headers(identifier, fields, end_stream=bodiless)

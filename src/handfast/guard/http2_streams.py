@@ -126,6 +126,7 @@ class Stream:
         if came == self.head.length or (came < self.head.length and not last):
             return False
         self.cut(Failure(Reason.HTTP_FRAMING), ErrorCodes.PROTOCOL_ERROR)
+        self._session.frames.spend_reset()
         return True
 
     def taken(self, credit: int) -> None:

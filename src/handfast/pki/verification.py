@@ -243,7 +243,28 @@ def _rules(path: Sequence[x509.Certificate], terms: Terms, now: datetime) -> lis
     leaf = path[0]
     if _is_for_signing(leaf):
         failures.append(Failure(Reason.VERIFY_CA_AS_LEAF, {"subject": label(leaf)}))
+    failures += [failure for authority in path[1:] for failure in _purpose(authority, terms)]
     return failures + _usage(leaf, terms) + _names(leaf, terms)
+
+
+def _extended_usages(certificate: x509.Certificate) -> list[x509.ObjectIdentifier] | None:
+    """What its extended key usage lists; None without one."""
+    try:
+        return list(certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
+    except x509.ExtensionNotFound:
+        return None
+
+
+def _purpose(certificate: x509.Certificate, terms: Terms, *, any_counts: bool = True) -> list[Failure]:
+    """Whether its extended key usage, where it has one, allows the purpose. An authority's binds what it issues."""
+    usages = _extended_usages(certificate)
+    if usages is None or _EKU[terms.purpose] in usages:
+        return []
+    if any_counts and ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE in usages:
+        return []
+    words = ", ".join(_EKU_WORDS.get(usage, usage.dotted_string) for usage in usages)
+    facts = {"subject": label(certificate), "purpose": str(terms.purpose), "usages": words}
+    return [Failure(Reason.VERIFY_PURPOSE, facts)]
 
 
 def _is_for_signing(leaf: x509.Certificate) -> bool:
@@ -302,16 +323,10 @@ def _weak(key: object) -> str:
 
 
 def _usage(leaf: x509.Certificate, terms: Terms) -> list[Failure]:
-    failures = []
     facts: dict[str, object] = {"subject": label(leaf), "purpose": str(terms.purpose)}
-    try:
-        usages = list(leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
-        if _EKU[terms.purpose] not in usages:  # anyExtendedKeyUsage does not count (RFC 5280 4.2.1.12 lets us)
-            words = ", ".join(_EKU_WORDS.get(usage, usage.dotted_string) for usage in usages)
-            failures.append(Failure(Reason.VERIFY_PURPOSE, facts | {"usages": words}))
-    except x509.ExtensionNotFound:
-        if not terms.legacy:
-            failures.append(Failure(Reason.VERIFY_NO_EKU, facts))
+    failures = _purpose(leaf, terms, any_counts=False)  # RFC 5280 4.2.1.12 lets us
+    if not terms.legacy and _extended_usages(leaf) is None:
+        failures.append(Failure(Reason.VERIFY_NO_EKU, facts))
     try:
         if not leaf.extensions.get_extension_for_class(x509.KeyUsage).value.digital_signature:
             # RFC 8446 4.4.2.2: digitalSignature must be set where keyUsage is there.

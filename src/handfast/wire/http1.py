@@ -75,6 +75,7 @@ _HOP_BY_HOP = frozenset(
 )
 _NEVER_UPSTREAM = _HOP_BY_HOP | {b"contentlength", b"expect"}  # what of these is meant is written anew
 _NEVER_DOWNSTREAM = _HOP_BY_HOP | {b"contentlength", b"altsvc"}  # Alt-Svc could lead the client round the guard
+_LONGEST_METHOD = 64  # bytes; the longest registered has 17, and a request is remembered and logged with it
 _REFUSED_METHODS = frozenset({b"CONNECT", b"TRACE"})
 _NOTHING: frozenset[bytes] = frozenset()
 
@@ -286,7 +287,7 @@ def _parse_strictly(head: bytes) -> RequestHead:
     method, target, version = parts
     if version not in (b"HTTP/1.0", b"HTTP/1.1"):
         raise RemoteProtocolError(Reason.HTTP_VERSION)
-    if not NAME.fullmatch(method):
+    if len(method) > _LONGEST_METHOD or not NAME.fullmatch(method):
         raise RemoteProtocolError(Reason.HTTP_REQUEST_LINE)
     # Some apps fold the method's case; and whether a response has a body hangs on HEAD.
     folded = method.upper()
