@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shlex
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -205,7 +204,7 @@ def _credential(ask: _Asked, authority: TestAuthority | None) -> TestLeaf | None
         return _leaf(load_credential(ask.cert, ask.key, secret))
     if ask.cert is not None or ask.key is not None:
         raise click.UsageError("--as NAME has its own certificate and key; leave out --cert and --key, or it")
-    from handfast.cli.certificates import file_base
+    from handfast.cli.certificates import file_base, issue_command
     from handfast.cli.opening import folder_of
 
     folder = folder_of(ask.state)
@@ -215,7 +214,7 @@ def _credential(ask: _Asked, authority: TestAuthority | None) -> TestLeaf | None
         return authority.client(ask.as_name)
     cert, key = base.with_name(f"{base.name}.crt"), base.with_name(f"{base.name}.key")
     if not cert.exists():
-        following = f"handfast issue {shlex.quote(ask.as_name)} --out {shlex.quote(str(base.parent))}"
+        following = issue_command(ask.as_name, base.parent)
         raise HandfastError(Reason.CONNECT_NO_CREDENTIAL, name=ask.as_name, path=str(base.parent), next=following)
     return _leaf(load_credential(cert, key, secret))
 

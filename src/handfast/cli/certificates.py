@@ -216,6 +216,12 @@ def file_base(name: Name) -> str:
     return clean.lstrip(".")[:_LONGEST_BASE] or "leaf"
 
 
+def issue_command(name: str, clients: Path, state: Path | None = None) -> str:
+    """The command that would put a client's files into the folder where its certificate is looked for."""
+    command = f"handfast issue {shlex.quote(name)} --out {shlex.quote(str(clients))}"
+    return command if state is None else f"{command} --state {shlex.quote(str(state))}"
+
+
 def _issue(authority: Authority, order: Order) -> Issued:
     return authority.issue(order, authority.authorize(order.names, order.profile))
 

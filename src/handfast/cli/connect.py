@@ -6,7 +6,6 @@ import asyncio
 import ipaddress
 import json
 import os
-import shlex
 import shutil
 import signal
 import socket
@@ -375,13 +374,12 @@ def _paths(identity: Identity) -> tuple[Path, Path, Path, str]:
         return identity.cert, identity.key, identity.ca, f"handfast issue NAME, and put it in {identity.cert}"
     if identity.cert is not None or identity.key is not None:
         raise click.UsageError("--as NAME has its own certificate and key; leave out --cert and --key, or it")
-    from handfast.cli.certificates import file_base  # not before it is needed: it loads the database
+    from handfast.cli.certificates import file_base, issue_command  # not before it is needed: it loads the database
     from handfast.cli.opening import folder_of
 
     name, folder = identity.name, folder_of(identity.state)
     base, clients = file_base(parse_name(name, "any")), folder / "clients"  # the trust domain is no part of a base
-    issue = f"handfast issue {shlex.quote(name)} --out {shlex.quote(str(clients))}"
-    issue += "" if identity.state is None else f" --state {shlex.quote(str(identity.state))}"
+    issue = issue_command(name, clients, identity.state)
     cert, key = clients / f"{base}.crt", clients / f"{base}.key"
     missing = [path for path in (cert, key) if not path.exists()]
     if missing:

@@ -272,7 +272,7 @@ def _own(ask: _Ask) -> _Own:
 
 def _files_of(name: str, state: Path | None) -> tuple[Path, Path]:
     """(certificate, trust bundle) that `up` keeps for a client, or that `issue` wrote here. Raises InvalidInput."""
-    from handfast.cli.certificates import file_base  # with the ledger's library, which only this option needs
+    from handfast.cli.certificates import file_base, issue_command  # with the ledger's library, for this option alone
     from handfast.cli.opening import TRUST_DOMAIN, folder_of
 
     folder, base = folder_of(state), file_base(parse_name(name, TRUST_DOMAIN))
@@ -281,9 +281,8 @@ def _files_of(name: str, state: Path | None) -> tuple[Path, Path]:
         if cert.exists():
             return cert, ca
     clients = folder / "clients"
-    following = f"handfast issue {shlex.quote(name)} --out {shlex.quote(str(clients))}"
     where = f"{clients}, nor in this folder"
-    raise HandfastError(Reason.CONNECT_NO_CREDENTIAL, name=name, path=where, next=following)
+    raise HandfastError(Reason.CONNECT_NO_CREDENTIAL, name=name, path=where, next=issue_command(name, clients))
 
 
 # A client, waited for.

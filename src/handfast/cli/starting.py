@@ -5,7 +5,6 @@ It refuses nothing: an app may come later, and containers mount keys with whatev
 
 from __future__ import annotations
 
-import os
 import shlex
 import socket
 import stat
@@ -15,7 +14,7 @@ from pathlib import Path
 from time import monotonic
 
 from handfast.errors import VerificationFailed
-from handfast.guard.places import Target
+from handfast.guard.places import Target, no_way
 from handfast.guard.schema import Config
 from handfast.guard.upstream import Handshake, Upstreams
 from handfast.tls.channel import TlsBroken
@@ -43,20 +42,18 @@ def silent_apps(groups: Iterable[Upstreams]) -> list[str]:
 
 
 def _look(target: Target, handshake: Handshake | None) -> str:
-    detail = ""
     try:
         with _connected(target) as plug:
             if handshake is not None:
                 _shake_hands(plug, handshake)
+        return ""
     except (TlsBroken, VerificationFailed) as refused:
         return f"no TLS with {target} yet: {refused.failure.message}"
     except TimeoutError:
         detail = f"no answer in {_EACH:g} s"
-    except (socket.gaierror, UnicodeError):
-        detail = "its name is not known"
-    except OSError as error:
-        detail = os.strerror(error.errno).lower() if error.errno else str(error)
-    return f"nothing answers at {target} yet ({detail})" if detail else ""
+    except (OSError, UnicodeError) as error:
+        detail = no_way(error)
+    return f"nothing answers at {target} yet ({detail})"
 
 
 def _connected(target: Target) -> socket.socket:

@@ -18,7 +18,7 @@ from typing import Protocol, cast
 
 from handfast.connector.words import Own, Verdict, broken, silent, unreachable, untrusted
 from handfast.errors import Failure, Reason, VerificationFailed
-from handfast.guard.places import join_address
+from handfast.guard.places import join_address, no_way
 from handfast.pki.verification import VerifiedPeer
 from handfast.tls.channel import Channel, TlsBroken
 from handfast.tls.client import ClientContext, ServerFacts
@@ -254,11 +254,8 @@ async def dial(route: Route, generation: Generation) -> Call:
             _, call = await loop.create_connection(lambda: Call(generation), route.host, route.port)
     except TimeoutError:
         raise CallFailed(unreachable(str(route), f"no answer in {route.connect:g} s")) from None
-    except (socket.gaierror, UnicodeError):
-        raise CallFailed(unreachable(str(route), "its name is not known")) from None
-    except OSError as error:
-        detail = os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error)
-        raise CallFailed(unreachable(str(route), detail)) from None
+    except (OSError, UnicodeError) as error:
+        raise CallFailed(unreachable(str(route), no_way(error))) from None
     try:
         async with asyncio.timeout(route.handshake):
             await call.ready

@@ -15,8 +15,6 @@ from handfast.pki.verification import Purpose, Terms, TrustBundle
 from handfast.wire import registry
 from handfast.wire.records import Side
 
-_MUTUAL = ("CertificateRequest", "Certificate", "CertificateVerify")
-
 
 def explain(recording: Recording, known: Known, bundle: TrustBundle | None = None) -> Explanation:
     """Explain a recording. With `bundle`, the server's chain is judged by it, for the name in `known`.

@@ -21,7 +21,7 @@ from handfast.errors import Failure, Reason, RemoteProtocolError
 from handfast.guard.door import Admission, Door
 from handfast.guard.events import Logged, Timing
 from handfast.guard.places import Speech
-from handfast.guard.upstream import SecureUpstream, Upstream, Upstreams, unanswered
+from handfast.guard.upstream import CUT_SHORT, SecureUpstream, Upstream, Upstreams, bad_answer, unanswered
 from handfast.tls.channel import Channel
 from handfast.wire.bodies import Body, BodyKind, body_reader
 from handfast.wire.http1 import (
@@ -415,9 +415,7 @@ class HttpSession:
         try:
             self._take_answer(exchange, data)
         except RemoteProtocolError as error:
-            detail = error.facts.get("detail", error.failure.message)
-            facts = {"target": str(exchange.admission.route.upstreams), "detail": detail}
-            self._fail(Failure(Reason.UPSTREAM_BAD_RESPONSE, facts))
+            self._fail(bad_answer(exchange.admission.route.upstreams, error))
             return
         self._flush()
         if self._exchange is None:
@@ -550,7 +548,7 @@ class HttpSession:
             exchange.keep = False
             self._done(exchange, reusable=False)
         else:  # cut short: the client must see that it is
-            self._fail(Failure(Reason.UPSTREAM_BAD_RESPONSE, {"detail": "it closed in the midst of its answer"}))
+            self._fail(CUT_SHORT)
 
     # Ends.
 

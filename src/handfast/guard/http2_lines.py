@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from handfast.errors import Failure, Reason, RemoteProtocolError
 from handfast.guard.http2_streams import answer_head
-from handfast.guard.upstream import SecureUpstream, Upstream, Upstreams, unanswered
+from handfast.guard.upstream import CUT_SHORT, SecureUpstream, Upstream, Upstreams, bad_answer, unanswered
 from handfast.wire.bodies import Body, BodyKind, body_reader
 from handfast.wire.http1 import SAFE_METHODS, Header, ResponseHead, find_head, parse_response_head
 from handfast.wire.http2 import answer_fields
@@ -169,8 +169,7 @@ class Line:
         try:
             self._take(stream, data)
         except RemoteProtocolError as error:
-            detail = error.facts.get("detail", error.failure.message)
-            self._fail(Failure(Reason.UPSTREAM_BAD_RESPONSE, {"target": str(self.upstreams), "detail": detail}))
+            self._fail(bad_answer(self.upstreams, error))
             return
         self.flow()
         self._session.flush()
@@ -297,7 +296,7 @@ class Line:
         elif self._body is None and not self._tunnel:
             self._fail(unanswered(self.upstreams, self._answer))
         else:
-            self._fail(Failure(Reason.UPSTREAM_BAD_RESPONSE, {"detail": "it closed in the midst of its answer"}))
+            self._fail(CUT_SHORT)
 
     def _fail(self, failure: Failure) -> None:
         stream = self._stream

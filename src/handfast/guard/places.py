@@ -1,9 +1,11 @@
-"""Places: where to listen and where to forward to, as a person writes them."""
+"""Places: where to listen and where to forward to, as a person writes them, and why one is not reached."""
 
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
+import socket
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -135,3 +137,10 @@ def _scheme(text: str, scheme: str) -> tuple[Speech, bool]:
 
 def _bad(reason: Reason, value: str, detail: str) -> InvalidInput:
     return InvalidInput(reason, value=value, detail=detail)
+
+
+def no_way(error: OSError | UnicodeError) -> str:
+    """Say why a place could not be connected to."""
+    if isinstance(error, socket.gaierror | UnicodeError):
+        return "its name is not known"
+    return os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error)

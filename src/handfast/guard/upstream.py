@@ -8,7 +8,6 @@ one connection, in the clear and over TLS of our own, and look the same to their
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import struct
 from collections.abc import Callable, Sequence
@@ -16,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Protocol, cast
 
-from handfast.errors import Failure, Reason, VerificationFailed
-from handfast.guard.places import Target
+from handfast.errors import Failure, Reason, RemoteProtocolError, VerificationFailed
+from handfast.guard.places import Target, no_way
 from handfast.guard.schema import HealthConfig
 from handfast.tls.channel import Channel, TlsBroken
 from handfast.wire.proxy import proxy_v2
@@ -444,15 +443,10 @@ async def _open(
             return upstream
     except TimeoutError:
         failure = _down(target, f"no answer in {group.connect:g} s")
-    except (socket.gaierror, UnicodeError):
-        failure = _down(target, "its name is not known")
-    except TlsBroken as refused:
+    except (TlsBroken, VerificationFailed) as refused:
         failure = Failure(Reason.UPSTREAM_TLS, {"target": str(target), "detail": refused.failure.message})
-    except VerificationFailed as refused:
-        failure = Failure(Reason.UPSTREAM_TLS, {"target": str(target), "detail": refused.failure.message})
-    except OSError as error:
-        detail = os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error)
-        failure = _down(target, detail)
+    except (OSError, UnicodeError) as error:
+        failure = _down(target, no_way(error))
     except asyncio.CancelledError:
         _discard(made)
         raise
@@ -468,6 +462,16 @@ def _discard(made: list[Upstream | SecureUpstream]) -> None:
     for upstream in made:
         if hasattr(upstream, "_transport"):  # else it never came to a connection
             upstream.drop()
+
+
+# What became of an answer that its app did not finish.
+CUT_SHORT = Failure(Reason.UPSTREAM_BAD_RESPONSE, {"detail": "it closed in the midst of its answer"})
+
+
+def bad_answer(group: Upstreams, error: RemoteProtocolError) -> Failure:
+    """What became of a request whose app's answer could not be read."""
+    detail = error.facts.get("detail", error.failure.message)
+    return Failure(Reason.UPSTREAM_BAD_RESPONSE, {"target": str(group), "detail": detail})
 
 
 def unanswered(group: Upstreams, begun: bytes = b"") -> Failure:
