@@ -133,7 +133,8 @@ def test_the_sandbox_is_on_and_says_so(tmp_path: Path, workers: int) -> None:
             assert alice.ask(guard.port).status == 502
             assert admin_get(admin, "/metrics")[0] == 200
             for pid in children(guard.pid) if workers > 1 else [guard.pid]:
-                assert identities(pid)["NoNewPrivs"] == ["1"] or "no Landlock" in told
+                assert identities(pid)["NoNewPrivs"] == ["1"]
+                assert identities(pid)["Seccomp"] == ["2"] or "no seccomp filter" in told
         (tmp_path / "handfast.toml").write_text(f"sandbox = false\n{(tmp_path / 'handfast.toml').read_text()}")
         log = tmp_path / "log"
         with log.open("w") as stream:
@@ -141,6 +142,7 @@ def test_the_sandbox_is_on_and_says_so(tmp_path: Path, workers: int) -> None:
             process = subprocess.Popen(line, cwd=tmp_path, stdout=stream, stderr=subprocess.STDOUT)
         try:
             until(lambda: '"event": "ready"' in log.read_text(), "the ready line")
+            assert identities(process.pid)["Seccomp"] == identities(os.getpid())["Seccomp"]
         finally:
             process.terminate()
             assert process.wait(30) == 0

@@ -36,7 +36,7 @@ from handfast.guard.listening import bind, bind_shared
 from handfast.guard.metrics import Metrics, State
 from handfast.guard.places import Place, parse_place
 from handfast.guard.routes import Snapshot
-from handfast.guard.sandbox import confine, drop_privileges, forbid_core_dumps, runtime_paths
+from handfast.guard.sandbox import confine, drop_privileges, forbid_core_dumps, refuse_calls, runtime_paths
 from handfast.guard.schema import Config, Mode
 from handfast.guard.service import Guard, raise_descriptor_limit
 from handfast.guard.workers import Plan, Worker, auto_workers, deal, supervise
@@ -122,7 +122,7 @@ def run(config: Config, make: Make, telling: Telling) -> int:
         raise
     if count > 1:
         return _run_workers(config, make, telling, (count, sockets, admin))
-    with _confined(config, make) as assembly:
+    with _confined(config, make, alone=True) as assembly:
         return serve(_serving(assembly, sockets, telling, admin=admin))
 
 
@@ -255,9 +255,10 @@ class _Process:
 
     def _tell_confinement(self) -> None:
         """Log how the process is confined; for people, only what is lacking."""
-        said = "" if self._serving.assembly is None else self._serving.assembly.confinement
-        if said and (self._serving.as_json or ";" in said or not said.startswith("confined")):
-            self._log.emit("sandbox", self._guard.now, {"detail": said})
+        said = () if self._serving.assembly is None else self._serving.assembly.confinement
+        whole = all(";" not in part and not part.startswith(("not", "no ")) for part in said)
+        if said and (self._serving.as_json or not whole):
+            self._log.emit("sandbox", self._guard.now, {"detail": "; ".join(said)})
 
     def _tell_ready(self) -> None:
         if self._serving.worker is not None:
@@ -477,19 +478,20 @@ def _take(place: Place, given: dict[str, list[socket.socket]], count: int) -> li
 
 
 @contextmanager
-def _confined(config: Config, make: Make) -> Iterator[Assembly]:
+def _confined(config: Config, make: Make, *, alone: bool = False) -> Iterator[Assembly]:
     """Make the assembly of a process that serves; the process may then read its own files, and little else.
 
-    The process that oversees workers stays as it is: it reads no byte of a client, and starts what takes over from
-    it, which may have files elsewhere.
+    One that serves `alone` may start Python, to hand over. The process that oversees workers stays as it is: it
+    reads no byte of a client, and starts what takes over from it, which may have files elsewhere.
     """
     with make() as assembly:
         if config.sandbox:
             folders = {path.parent for path in assembly.files()} | {path.resolve().parent for path in assembly.files()}
             write = [] if config.state is None else [config.state]
-            execute = [Path(sys.executable), Path(sys.executable).resolve(), *map(Path, ("/lib64", "/lib", "/usr/lib"))]
+            python = [Path(sys.executable), Path(sys.executable).resolve(), *map(Path, ("/lib64", "/lib", "/usr/lib"))]
             # /proc: for the metrics of this process
-            said = assembly.confinement = confine([*folders, *runtime_paths(), Path("/proc")], write, execute)
+            said = confine([*folders, *runtime_paths(), Path("/proc")], write, python if alone else ())
+            assembly.confinement = (said, refuse_calls(programs=not alone))
             if said.startswith("confined"):
                 assembly.reach = (*folders, *write)
         yield assembly

@@ -97,7 +97,7 @@ class Assembly:
     workers: int = 1
     minter: Minter | None = None
     taken: Taken | None = None
-    confinement: str = ""
+    confinement: tuple[str, ...] = ()
     reach: tuple[Path, ...] | None = None
     listeners: dict[str, Listener] = field(default_factory=dict)
     certificates: dict[str, datetime] = field(default_factory=dict)  # listener and names -> when it expires

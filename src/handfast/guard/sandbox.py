@@ -1,8 +1,7 @@
-"""What the process may still do once it is set up: another user, no new privileges, few files, no core dumps.
+"""What the process may still do once it is set up: another user, no new privileges, few files and system calls.
 
 Owns the calls into the kernel for that (setresuid(2), prctl(2), landlock(7)); knows nothing of what the files are.
-There is no seccomp filter: Python has no binding for one, and a hand-written list of system calls would break with
-the next libc; under systemd, SystemCallFilter= does it.
+Which system calls it gives up stands in `guard/seccomp.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import ctypes
 import errno
 import grp
 import os
+import platform
 import pwd
 import stat
 import struct
@@ -21,10 +21,12 @@ from functools import cache
 from pathlib import Path
 
 from handfast.errors import HandfastError, Reason
+from handfast.guard.seccomp import MACHINES, refusing
 
 # prctl(2)
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
+_PR_SET_SECCOMP, _MODE_FILTER = 22, 2
 _PR_SET_NO_NEW_PRIVS = 38
 
 # landlock(7); the numbers are the same on every architecture but alpha.
@@ -47,6 +49,8 @@ _MISSING_FROM = {2: "moves between folders", 3: "truncation", 4: "tcp ports", 5:
 
 # Not built in; switched off at boot; or a container's filter that answers so to calls it does not know.
 _NO_LANDLOCK = {errno.ENOSYS: "ENOSYS", errno.EOPNOTSUPP: "EOPNOTSUPP", errno.EPERM: "EPERM"}
+# Not built in (prctl(2)); or a container's filter that answers so.
+_NO_SECCOMP = {errno.EINVAL: "EINVAL", errno.ENOSYS: "ENOSYS", errno.EPERM: "EPERM"}
 
 # What name look-up, time zones and the C library read, beside Python's own files.
 _SYSTEM = (
@@ -177,6 +181,34 @@ def confine(
     return _sentence(abi, missing, ports=bind is not None or connect is not None)
 
 
+def refuse_calls(*, programs: bool) -> str:
+    """Give up the system calls that a proxy never makes; return a few words that say what was done.
+
+    `programs`: starting a program is given up too. Holds for the calling thread and what it starts, cannot be taken
+    back, and adds to a filter that is there. What is refused fails with EPERM. Where the kernel, or the
+    architecture, is none that we know how to ask, nothing is refused and that is told. Raises HandfastError
+    (GUARD_SANDBOX), and ValueError when other threads run.
+    """
+    if thread_count() != 1:
+        raise ValueError("refuse_calls() holds for one thread: call it before others start")
+    machine = MACHINES.get(platform.machine()) if sys.platform == "linux" and sys.maxsize > 1 << 32 else None
+    if machine is None:
+        return f"no seccomp filter: it is {sys.platform} on {platform.machine()}"
+    program = refusing(machine, programs=programs)
+    lines = ctypes.create_string_buffer(program, len(program))
+    packed = struct.pack("@HP", len(program) // 8, ctypes.addressof(lines))  # struct sock_fprog
+    try:
+        _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+        _prctl(_PR_SET_SECCOMP, _MODE_FILTER, packed)
+    except OSError as error:
+        if error.errno in _NO_SECCOMP:
+            return f"no seccomp filter: this kernel takes none ({_NO_SECCOMP[error.errno]})"
+        if error.errno == errno.ENOMEM:  # seccomp(2): inherited over as many hand-overs
+            return "seccomp as the process before this one"
+        raise _not_confined(os.strerror(error.errno or 0).lower()) from None
+    return f"seccomp refuses {len(machine.others) + len(machine.programs) * programs} system calls"
+
+
 def _sentence(abi: int, missing: list[Path], *, ports: bool) -> str:
     held = ["files"] + ["tcp ports"] * (ports and abi >= 4) + ["signals"] * (abi >= 6)
     free = [what for since, what in _MISSING_FROM.items() if abi < since and (ports or since != 4)]
@@ -261,10 +293,11 @@ def _group(user: str, group: str) -> int:
         raise _no_privileges(user, f"there is no group {group!r}") from None
 
 
-def _prctl(option: int, value: int) -> None:
+def _prctl(option: int, value: int, pointed: bytes | None = None) -> None:
     """Raises OSError."""
-    rest = [ctypes.c_ulong(argument) for argument in (value, 0, 0, 0)]
-    if _libc().prctl(ctypes.c_int(option), *rest) != 0:
+    rest = [ctypes.c_ulong(0)] * 2
+    third = ctypes.c_ulong(0) if pointed is None else ctypes.c_char_p(pointed)
+    if _libc().prctl(ctypes.c_int(option), ctypes.c_ulong(value), third, *rest) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
