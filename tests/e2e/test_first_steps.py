@@ -276,7 +276,7 @@ def test_an_app_without_our_tls_is_told_of_at_the_start(call: Caller, tmp_path: 
             said = child.line("^  note:")
             assert f"no TLS with https://127.0.0.1:{port} yet" in said
             assert "not in the trust bundle" in said
-            assert "handfast issue 127.0.0.1 --state" in child.line("^  note:")
+            assert "handfast issue 127.0.0.1 --out DIR --state" in child.line("^  note:")
 
 
 def test_files_that_are_too_open_are_told_of(tmp_path: Path, app: App) -> None:

@@ -156,7 +156,8 @@ def test_a_kernel_that_takes_no_filter_is_told() -> None:
     """Where what is around us forbids a filter, the sentence says so, and the process goes on."""
     body = """
 from handfast.guard.seccomp import Machine
-MACHINES[platform.machine()] = Machine(machine.audit, {}, {"prctl": {"x86_64": 157, "aarch64": 167}[platform.machine()]})
+prctl = {"x86_64": 157, "aarch64": 167}[platform.machine()]
+MACHINES[platform.machine()] = Machine(machine.audit, {}, {"prctl": prctl})
 say(first=refuse_calls(programs=False), second=refuse_calls(programs=False))
 """
     second = "no seccomp filter: this kernel takes none (EPERM)"

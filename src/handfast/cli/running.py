@@ -107,8 +107,7 @@ def run(config: Config, make: Make, telling: Telling) -> int:
     with make() as assembly:
         assembly.build(datetime.now(UTC))  # what is wrong is said before anything is bound
         by_file = assembly.source is not None
-        if not telling.as_json:
-            telling = replace(telling, silent=tuple(silent_apps(assembly.upstreams())))
+        upstreams = [] if telling.as_json else assembly.upstreams()
     sockets = _sockets(config, count, by_file)
     admin = sockets.get(_ADMIN, [None])[0]
     try:
@@ -120,6 +119,7 @@ def run(config: Config, make: Make, telling: Telling) -> int:
     except HandfastError:
         _close(sockets)
         raise
+    telling = replace(telling, silent=tuple(silent_apps(upstreams)))
     if count > 1:
         return _run_workers(config, make, telling, (count, sockets, admin))
     with _confined(config, make, alone=True) as assembly:

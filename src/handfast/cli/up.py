@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from handfast.cli.certificates import file_base
+from handfast.cli.certificates import file_base, issue_command
 from handfast.cli.opening import folder_of, founded
 from handfast.cli.output import as_json_option, example, passphrase_option, state_option
 from handfast.cli.running import Serving, serve
@@ -127,7 +127,7 @@ def _withheld(upkeep: Upkeep, state: Path | None) -> list[str]:
     """Which clients get no certificate, for they were revoked, and how to give them one on purpose."""
     return [
         f"{client.name} was revoked on {revoked:%Y-%m-%d %H:%M} UTC, so it gets no new certificate; to give it one: "
-        f"{_issue(str(client.name), state)} --out {shlex.quote(str(client.base.parent))} --force"
+        f"{issue_command(str(client.name), client.base.parent, state)} --force"
         for client, revoked in upkeep.withheld.items()
     ]
 
@@ -136,13 +136,8 @@ def _silent(upkeep: Upkeep, state: Path | None) -> list[str]:
     """That the app does not answer, or not in TLS that holds, and how it comes by a certificate that does."""
     said, target = silent_apps([upkeep.upstreams]), upkeep.upstreams.target
     if said and target.tls:
-        said.append(f"it has to show a certificate of this authority: {_issue(target.host, state)} --out DIR")
+        said.append(f"it has to show a certificate of this authority: {issue_command(target.host, Path('DIR'), state)}")
     return said
-
-
-def _issue(name: str, state: Path | None) -> str:
-    """The command that issues a certificate here."""
-    return shlex.join(["handfast", "issue", name, *([] if state is None else ["--state", str(state)])])
 
 
 def _files(client: ClientFiles) -> dict[str, str]:

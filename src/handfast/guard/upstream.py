@@ -274,9 +274,6 @@ class SecureUpstream(asyncio.Protocol):
                 if data:
                     self._channel.feed(data)
                 self._read(owner, self._channel)
-        except TlsBroken:
-            self.drop()
-            owner.upstream_lost(True)
         except Exception as bug:
             owner.upstream_bug(bug)
 
@@ -373,7 +370,15 @@ class SecureUpstream(asyncio.Protocol):
             self.opened.set_result(None)
 
     def _read(self, owner: Owner, channel: Channel) -> None:
-        while plain := channel.read():
+        while True:
+            try:
+                plain = channel.read()
+            except TlsBroken:  # the app's; what the owner does with its client's channel is its own
+                self.drop()
+                owner.upstream_lost(True)
+                return
+            if not plain:
+                break
             owner.upstream_data(plain)
             if self._owner is None:
                 return
