@@ -184,7 +184,6 @@ _SECTIONS = {
     "guard": ("The guard itself", ""),
     "limit": ("Too much at once", "A request gets 429; a connection is closed."),
     "proxy": ("The PROXY protocol", ""),
-    "assertion": ("A signed assertion of who called", ""),
     "admin": ("The admin listener", ""),
     "connect": ("The connector", ""),
     "audit": ("The audit", ""),
@@ -299,7 +298,9 @@ _WHAT = (
     ("any /public/*", "GET", "/public/a", True),
     ("any /public/*", "GET", "/public/a/b", False),
     ("any /public/**", "GET", "/public/a/b", True),
+    ("any /public/**", "GET", "/public", True),
     ("any /public/**", "GET", "/publication", False),
+    ("any /public/**", "GET", "/Public/a", False),
 )
 
 
@@ -369,8 +370,8 @@ def _prose(thing: object) -> str:
 # The words.
 
 _WORDS: dict[str, object] = {
-    "authority": "The service that gives identities: a root, an issuer and a ledger of what was issued. It is in one"
-    " folder.",
+    "authority": "Who issues certificates. Ours is a root, an issuer and a ledger of what was issued, in one folder. In"
+    " a chain: each certificate that may sign others.",
     "issuer": "A signing certificate and its key. It signs leaves; the root signs the issuer.",
     "leaf": "A workload's or a person's certificate: one that may sign nothing.",
     "trust bundle": TrustBundle,
@@ -385,14 +386,25 @@ _WORDS: dict[str, object] = {
     "order": "One request for a certificate, held against its profile.",
     "authorization": "The proof that one order may be filled, once.",
     "ledger": "The database of an authority: what it issued, what it was about to issue, what it revoked.",
-    "peer": "The other end of a connection, before it is verified.",
+    "peer": "The other end of a connection, before it is verified. Also a profile, for who serves and calls.",
+    "client, server": "Who opens a connection, and who takes it.",
+    "connector": "What opens a plain local port and speaks mutual TLS to the far side.",
+    "site": "A server certificate of a listener, with the names it answers to, who may come in by it, and its routes.",
+    "route": "Where requests of some paths and methods go, and who may make them.",
+    "rule": "One line of a policy: who may, or may not, do what.",
+    "state folder": "Where an authority keeps its keys, its ledger and its clients' files.",
+    "worker": "One of several processes of a guard that share its listeners.",
+    "reload": "To take files that have changed, while connections go on.",
+    "hand-over": "To give the listening sockets to a new process, which goes on where the old one ends.",
+    "assertion": "A signed token that tells the app who called, and that the call came through the guard.",
+    "revocation list": "A signed list of certificates that an authority has taken back (CRL, RFC 5280).",
     "verified peer": VerifiedPeer,
     "credential": Credential,
     "channel": Channel,
     "guard": "What listens, verifies clients, decides, and forwards to the app.",
     "listener, upstream": "The guard's two sides: where clients connect, and the app.",
-    "target": "The app, as `--to` names it: `HOST:PORT`, `http://HOST:PORT`, `unix:PATH`, `tcp://HOST:PORT` or"
-    " `tcp+unix:PATH`.",
+    "target": "The app, as `--to` names it: `HOST:PORT` or `unix:PATH`, or with `http://`, `https://`, `h2c://`,"
+    " `h2://`, `tcp://`, `tls://` or `tcp+unix:` before it.",
     "snapshot": "Credential, trust bundle, revocations and policy of a guard, swapped as one value.",
     "decision": Decision,
     "reason": "The stable code of a refusal or an error.",
@@ -401,7 +413,7 @@ _WORDS: dict[str, object] = {
 
 def glossary() -> str:
     """The words of the project; where a class stands for one, what the class says of itself."""
-    parts = ["# Words", "", "| say | for |", "|---|---|"]
+    parts = ["# Words", "", "| word | meaning |", "|---|---|"]
     for word, meaning in _WORDS.items():
         text = meaning if isinstance(meaning, str) else _first_sentences(meaning)
         parts.append(f"| {word} | {text} |")

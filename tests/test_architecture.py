@@ -19,7 +19,7 @@ ALLOWED = {
     "tls": {"errors", "pki", "policy", "wire", "files"},
     "authority": {"errors", "pki", "policy", "wire", "files", "tls"},
     "guard": {"errors", "pki", "policy", "wire", "files", "tls"},
-    "connector": {"errors", "pki", "policy", "wire", "files", "tls", "guard"},
+    "connector": {"errors", "pki", "policy", "wire", "files", "tls", "guard", "explain"},
     "testing": {"errors", "pki", "policy", "wire", "files", "tls"},
     "audit": {"errors", "pki", "policy", "wire", "files", "tls", "testing"},
     "explain": {"errors", "pki", "policy", "wire", "files", "tls"},

@@ -5,10 +5,9 @@ it means in words, what to do next, and how it leaves the program (exit code, HT
 
     HandfastError            .reason  .facts  .message  .hint
       InvalidInput           what we were given does not parse
-      ProtocolError          .. LocalProtocolError (we erred) | RemoteProtocolError (they erred)
+      RemoteProtocolError    the peer broke the rules of a protocol
       VerificationFailed     a chain that does not prove who it claims to be; .failures has every reason
       IssuanceRefused        the order breaks its profile
-      PolicyDenied           raised only in shells; policy.decide() returns a Decision
       StoreError             disk and ledger: missing, locked, corrupt, full, too open
       Unreachable            network, not peer
 """
@@ -75,10 +74,6 @@ def _limit(code: str, message: str) -> Row:
 
 def _seen(code: str, message: str, hint: str = "") -> Row:
     return Row(f"seen.{code}", message, hint, Exit.REFUSED)
-
-
-def _assertion(code: str, message: str, hint: str = "") -> Row:
-    return Row(f"assertion.{code}", message, hint, Exit.REFUSED, 401)
 
 
 class Reason(Enum):
@@ -160,7 +155,6 @@ class Reason(Enum):
         "no_handshake", "{what} holds no TLS connection", "was it recorded from the connection's beginning?"
     )
     INPUT_REASON = _input("reason", "no reason is called {value!r}", "see all of them: handfast explain --reason list")
-    INPUT_JWKS = _input("jwks", "this is no set of keys that assertions are checked with (RFC 7517)")
 
     # What a chain proves, or does not.
     VERIFY_NO_CERTIFICATE = _verify(
@@ -193,7 +187,7 @@ class Reason(Enum):
     )
     VERIFY_CRL_OLDER = _verify(
         "crl_older",
-        "the revocation list of {issuer} is older (number {given}) than the one in force (number {held})",
+        "the revocation list of {issuer} ({given}) is older than one that was in force before ({held})",
         "fetch the newest; if it is meant, start the guard again",
     )
     VERIFY_CRL_INVALID = _verify("crl_invalid", "the revocation list of {issuer} cannot be trusted: {detail}")
@@ -348,7 +342,7 @@ class Reason(Enum):
 
     # HTTP between a client and the guard.
     HTTP_REQUEST_LINE = _http("request_line", "the request line is not HTTP/1.1")
-    HTTP_VERSION = _http("version", "only HTTP/1.1 and HTTP/1.0 are spoken here", 505)
+    HTTP_VERSION = _http("version", "this version of HTTP is not taken here: {detail}", 505)
     HTTP_METHOD = _http("method", "the method {method} is not forwarded", 405)
     HTTP_HEADER = _http("header", "a header line is malformed")
     HTTP_FRAMING = _http("framing", "Content-Length and Transfer-Encoding do not frame one body")
@@ -398,7 +392,7 @@ class Reason(Enum):
 
     # The handshake.
     TLS_PLAIN_HTTP = _tls("plain_http", "the client spoke plain HTTP to a TLS port", "use https://", 400)
-    TLS_NOT_TLS = _tls("not_tls", "the client did not speak TLS")
+    TLS_NOT_TLS = _tls("not_tls", "the other side did not speak TLS")
     TLS_HANDSHAKE = _tls("handshake", "the handshake failed: {detail}")
     TLS_ALERT = _tls("alert", "the peer ended the handshake with the alert {alert}: {detail}")
     TLS_VERSION = _tls("version", "the client offers no TLS version that is allowed here", "TLS 1.3 is asked for")
@@ -413,21 +407,6 @@ class Reason(Enum):
         "the PROXY header is malformed: {detail}",
         "does the proxy in front send PROXY headers to this address?",
         Exit.REFUSED,
-    )
-
-    # The guard's signed word on who called.
-    ASSERTION_MALFORMED = _assertion("malformed", "the assertion cannot be read: {detail}")
-    ASSERTION_SIGNATURE = _assertion(
-        "signature",
-        "the assertion is not proven: {detail}",
-        "check it with the keys that the guard publishes now",
-    )
-    ASSERTION_AUDIENCE = _assertion("audience", "the assertion is for {audience}, not for {expected}")
-    ASSERTION_EXPIRED = _assertion(
-        "expired", "the assertion expired on {not_after}", "check the clocks; each request carries a fresh one"
-    )
-    ASSERTION_NOT_YET = _assertion(
-        "not_yet", "the assertion is not valid before {not_before}", "check the clocks on both sides"
     )
 
     # What an explanation finds, seen from outside.
@@ -467,6 +446,9 @@ class Reason(Enum):
     )
     ENDED_POLICY = Row("ended.policy", "the policy does not allow the peer any more", "", Exit.REFUSED, 403)
     ENDED_IDLE = Row("ended.idle", "nothing was sent for {limit} s", "", Exit.OK)
+    ENDED_STOPPED = Row(
+        "ended.stopped", "the guard was told to stop, and this was not done {limit} s later", "raise drain", Exit.OK
+    )
     GUARD_LOG_FAILED = Row(
         "guard.log_failed",
         "the log cannot be written, so nothing is forwarded",
@@ -694,16 +676,8 @@ class InvalidInput(HandfastError):
     """What we were given does not parse."""
 
 
-class ProtocolError(HandfastError):
-    """The rules of a protocol were broken."""
-
-
-class LocalProtocolError(ProtocolError):
-    """We broke them: a bug."""
-
-
-class RemoteProtocolError(ProtocolError):
-    """The peer broke them."""
+class RemoteProtocolError(HandfastError):
+    """The peer broke the rules of a protocol."""
 
 
 class VerificationFailed(HandfastError):
@@ -716,10 +690,6 @@ class VerificationFailed(HandfastError):
 
 class IssuanceRefused(HandfastError):
     """The order breaks its profile or its authorization."""
-
-
-class PolicyDenied(HandfastError):
-    """A shell's way to end on a denial; the pure rooms return a Decision."""
 
 
 class StoreError(HandfastError):

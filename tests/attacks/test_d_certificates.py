@@ -322,8 +322,13 @@ def test_d7_an_intermediate_needs_its_own_list(attacker: Attacker, ca: Ca) -> No
         assert attacker.call(guard, sub.client()).status == 200
 
 
-def test_d7_an_older_list_does_not_take_the_place_of_a_newer(attacker: Attacker, ca: Ca, tmp_path: Path) -> None:
-    """D7: when the file of a list is replaced by an older one that is still in its time, who was revoked stays so."""
+@pytest.mark.parametrize("detour", [False, True])
+def test_d7_an_older_list_does_not_take_the_place_of_a_newer(
+    attacker: Attacker, ca: Ca, tmp_path: Path, detour: bool
+) -> None:
+    """D7: when the file of a list is replaced by an older one that is still in its time, who was revoked stays so; also
+    when another authority's list stood there for a while.
+    """
     leaf = ca.client()
     ca.server().save(tmp_path, "server")
     ca.save(tmp_path, "clients")
@@ -333,10 +338,19 @@ def test_d7_an_older_list_does_not_take_the_place_of_a_newer(attacker: Attacker,
         config = f'{LISTENER}to = "{app.address}"\ncrl = ["clients.crl"]\n'
         with command(tmp_path, config) as guard:
             assert attacker.call(guard.address, leaf).refusal == (403, "verify.revoked")
+            if detour:
+                crl.write_bytes(_list(Ca.root("Other"), [], 1).public_bytes(Encoding.PEM))
+                guard.reload()
+                assert attacker.call(guard.address, ca.client()).refusal == (403, "verify.crl_missing")
             crl.write_bytes(_list(ca, [], 1).public_bytes(Encoding.PEM))
             guard.reload()
-            assert attacker.call(guard.address, leaf).refusal == (403, "verify.revoked")
-        assert untouched(app)
+            assert attacker.call(guard.address, leaf).refusal[1] == (
+                "verify.crl_missing" if detour else "verify.revoked"
+            )
+            crl.write_bytes(_list(ca, [], 3).public_bytes(Encoding.PEM))
+            guard.reload()
+            assert untouched(app)
+            assert attacker.call(guard.address, leaf).status == 200
 
 
 def _crossed(ca: Ca) -> Leaf:

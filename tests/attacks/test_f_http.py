@@ -269,14 +269,14 @@ def test_f2_a_path_that_reads_in_two_ways_is_refused(attacker: Attacker, ca: Ca,
     [
         ("/public/a?x=/../admin", 200),
         ("/public/a?../../admin", 200),
-        ("/public?/x", 403),
+        ("/public?/x", 200),
         ("/admin?/public/x", 403),
         ("/public/a#/admin", 400),
         ("/PUBLIC/a", 403),
         ("/public/a.", 200),
         ("/public/%C3%A9", 200),
         ("/public/%c3%a9", 200),
-        ("/public", 403),
+        ("/public", 200),
         ("http://localhost/public/a", 400),
         ("public/a", 400),
         ("*", 400),
@@ -293,8 +293,8 @@ def test_f2_the_rule_sees_the_bytes_that_go_on(attacker: Attacker, ca: Ca, targe
 
 
 METHODS = {
-    "lower": (b"post / HTTP/1.1", 403),
-    "mixed": (b"Post / HTTP/1.1", 403),
+    "lower": (b"post / HTTP/1.1", 405),
+    "mixed": (b"Post / HTTP/1.1", 405),
     "other": (b"DELETE / HTTP/1.1", 403),
     "invented": (b"GETX / HTTP/1.1", 403),
     "trace": (b"TRACE / HTTP/1.1", 405),
@@ -318,6 +318,16 @@ def test_f3_a_method_is_what_it_says(attacker: Attacker, ca: Ca, case: str) -> N
         heard = attacker.call(guard, ca.client(), line + b"\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         assert heard.status == status
         assert untouched(app)
+
+
+@pytest.mark.parametrize("method", ["POST", "post", "Post"])
+def test_f3_a_denied_method_does_not_pass_in_another_case(attacker: Attacker, ca: Ca, method: str) -> None:
+    """F3: what is allowed but for POST is not asked for as `post` either, which some apps take for POST."""
+    with App() as app, Running(ca, app.address, parse_policy(["deny any POST", "any"])) as guard:
+        line = f"{method} / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        assert attacker.call(guard, ca.client(), line.encode()).status == (403 if method == "POST" else 405)
+        assert untouched(app)
+        assert attacker.call(guard, ca.client(), get("/")).status == 200
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,12 @@ def query(folder: Path, statement: str) -> list[Any]:
         connection.close()
 
 
+def check(folder: Path) -> None:
+    """See that every page of the database is whole, and that no row lacks the one it points at."""
+    assert query(folder, "PRAGMA integrity_check(1)") == [("ok",)]
+    assert query(folder, "PRAGMA foreign_key_check") == []
+
+
 def change(folder: Path, statement: str) -> None:
     """Change the database behind our back."""
     connection = sqlite3.connect(folder / "ledger.db")

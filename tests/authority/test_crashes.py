@@ -14,7 +14,7 @@ from handfast.authority.ledger import Ledger
 from handfast.authority.records import Planned
 from handfast.authority.state import utc_now
 from handfast.errors import IssuanceRefused, Reason, StoreError
-from tests.authority.kit import PLAN, dying_at, found, issue, processes, query, reopen, run_child
+from tests.authority.kit import PLAN, check, dying_at, found, issue, processes, query, reopen, run_child
 
 CREATION_STEPS = [
     ".half-made",
@@ -59,7 +59,7 @@ def test_a_killed_creation_leaves_an_authority_or_none(folder: Path, step: str) 
         found(folder).close()
     with reopen(folder) as authority:
         issue(authority)
-        authority.check()
+        check(folder)
     assert set(os.listdir(folder)) >= {"root.crt", "root.key", "issuer.crt", "issuer.key", "ledger.db", "passphrase"}
     assert not {".half-made", "ledger.new"} & set(os.listdir(folder))
     assert not [left for left in os.listdir(folder) if left.endswith(".tmp")]
@@ -120,7 +120,7 @@ def test_a_killed_issuance_is_whole_lost_or_never_was(folder: Path, step: Step) 
     found(folder).close()
     assert run_child(_issue_and_die, folder, step) == -signal.SIGKILL
     with reopen(folder) as authority:
-        authority.check()
+        check(folder)
         assert authority.sweep(lost_after=timedelta(hours=1)) == []  # too young to be called lost
         lost = authority.sweep(lost_after=AT_ONCE)
         stored = list(authority.certificates())
@@ -171,7 +171,7 @@ def test_four_processes_issue_at_the_same_time(folder: Path) -> None:
         records = list(authority.certificates())
         assert len({record.serial for record in records}) == len({record.names for record in records}) == 120
         assert authority.sweep(lost_after=AT_ONCE) == []
-        authority.check()
+        check(folder)
 
 
 def _revoke(folder: Path, text: str) -> None:

@@ -20,7 +20,7 @@ from handfast.pki.issuing import Issuer, Order, build_certificate, sign
 from handfast.pki.names import parse_name
 from handfast.pki.profiles import PROFILES
 from tests.authority.disks import fill
-from tests.authority.kit import CLIENT, LEAF_KEY, PEER, found, issue, name, order, query, reopen
+from tests.authority.kit import CLIENT, LEAF_KEY, PEER, check, found, issue, name, order, query, reopen
 
 
 def _refusal(call: Callable[[], object]) -> Reason:
@@ -38,7 +38,8 @@ def test_a_certificate_is_stored_before_it_is_given(authority: Authority, folder
     assert parse_certificates(issued.pem, "pem") == (issued.certificate, authority.issuer)
     with reopen(folder) as other:
         (record,) = other.find("web")
-        assert other.certificate(record.serial) == issued.certificate
+        der = issued.certificate.public_bytes(Encoding.DER)
+        assert query(folder, "SELECT serial, der FROM certificates") == [(issued.serial, der)]
         assert serial_text(record.serial) == issued.serial
         assert (record.profile, record.names, record.revoked_at) == ("peer", ("spiffe://example.test/web",), None)
         assert record.not_after == issued.certificate.not_valid_after_utc
@@ -157,7 +158,7 @@ def test_a_full_disk_issues_nothing_and_loses_nothing(small_disk: Path) -> None:
         filler.unlink()
         issue(authority)
         assert len(list(authority.certificates())) == before + 1
-        authority.check()
+        check(small_disk / "state")
 
 
 # Revoking and finding

@@ -8,6 +8,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import monotonic
 
+import pytest
+
 from tests.connector.kit import Calling, Server, generation
 from tests.support.certs import Ca
 from tests.support.waiting import until
@@ -94,3 +96,26 @@ def test_a_server_that_refuses_is_not_pressed(ca: Ca, tmp_path: Path) -> None:
         made, passed = server.connections, monotonic() - began
         assert made <= 1 + sum(passed >= after for after in (0.5, 1.5, 3.5, 7.5))  # pauses of 0.5, 1, 2 and 4 s
         assert len(calling.of("pool")) == 1
+
+
+@pytest.mark.parametrize("where", ["handfast.connector.service.dial", "handfast.connector.call.Call.peek"])
+def test_a_bug_is_told_and_presses_nobody(ca: Ca, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """What goes wrong in us is said once and tried again after pauses that grow; without it, there is a pool."""
+    bugs: list[object] = []
+
+    def explode(*at: object) -> None:
+        bugs.append(at)
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(where, explode)
+    began, made = monotonic(), generation(ca, ca.client())
+    with Server(ca, tmp_path) as server, Calling(server.address, made, 1) as calling:
+        event = calling.events.next("pool")
+        assert (event["reason"], "a bug of ours" in event["detail"]) == ("bug", True)
+        until(lambda: len(bugs) >= 3, "a third try")
+        tries, passed = len(bugs), monotonic() - began
+        assert tries <= 1 + sum(passed >= after for after in (0.5, 1.5, 3.5, 7.5))  # pauses of 0.5, 1, 2 and 4 s
+        assert len(calling.of("pool")) == 1
+        monkeypatch.undo()
+        ready(calling, 1)
+        assert calling.ask(b"x") == b"x"

@@ -49,8 +49,8 @@ def refusal(calling: Calling) -> dict[str, Any]:
     ("case", "cause", "words"),
     [
         ("expired", "certificate_expired", "the server refused our certificate: it expired 3 days ago"),
-        ("other", "unknown_ca", "refused our certificate: it does not know the authority that issued it, CN=Other"),
-        ("server", "unsupported_certificate", "it is a server's: its extended key usage lacks clientAuth"),
+        ("other", "unknown_ca", "most likely the server does not know the authority that issued it, CN=Other"),
+        ("server", "unsupported_certificate", "is not for client use (it is for server)"),
         ("early", "bad_certificate", "it is not valid yet; it will be in"),
         ("revoked", "certificate_revoked", "the server refused our certificate: it was revoked"),
     ],
@@ -58,7 +58,7 @@ def refusal(calling: Calling) -> dict[str, Any]:
 def test_a_server_that_refuses_us_is_told_in_words(
     ca: Ca, tmp_path: Path, case: str, cause: str, words: str, pool: int
 ) -> None:
-    """Each refusal that Python's own TLS server sends as an alert becomes a sentence, whose fault, and a command; no
+    """Each refusal that Python's own TLS server sends as an alert becomes a sentence, who must act, and a command; no
     connection is ever called connected before.
     """
     makers: dict[str, Callable[[], Leaf]] = {
@@ -73,7 +73,10 @@ def test_a_server_that_refuses_us_is_told_in_words(
     with Server(ca, tmp_path, crl=crl) as server, Calling(server.address, generation(ca, leaf), pool) as calling:
         event = refusal(calling)
         assert words in event["detail"]
-        assert (event["cause"], event["fault"]) == (cause, "ours or the server's" if case == "other" else "ours")
+        assert (event["cause"], event["fault"]) == (
+            cause,
+            "the authority" if case in ("server", "revoked") else "the client",
+        )
         assert event["remedy"]
         if case in ("expired", "revoked"):
             assert "handfast issue web" in event["remedy"]
@@ -179,7 +182,7 @@ def test_a_server_that_is_away_or_plain_is_never_spoken_to_in_the_clear(ca: Ca, 
         port = address.rpartition(":")[2]
         with Calling(f"localhost:{port}", made) as calling:
             event = refusal(calling)
-            assert (event["reason"], event["fault"]) == ("connect.unreachable", "the network's")
+            assert (event["reason"], event["fault"]) == ("connect.unreachable", "the network")
             assert f"localhost:{port}: connection refused" in event["detail"]
 
     def greet(connection: socket.socket, _request: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What refusals mean: each alert, with our certificate good and bad, and whose fault it is."""
+"""What refusals mean: each alert, with our certificate good and bad, and who must act."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from handfast.connector.words import Fault, Own, broken, refused, silent, span, untrusted
+from handfast.connector.words import Own, broken, refused, silent, span, untrusted
 from handfast.errors import Failure, Reason
+from handfast.explain.model import Who
 from handfast.wire.alerts import Alert
 from tests.support.certs import SERVER, Ca
 
@@ -36,38 +37,54 @@ def own(kind: str) -> Own:
 
 
 @pytest.mark.parametrize(
-    ("alert", "kind", "accepted", "message", "fault", "hint"),
+    ("alert", "kind", "accepted", "message", "who", "hint"),
     [
-        ("certificate_expired", "expired", (), "it expired 3 days ago", Fault.OURS, "run: handfast issue web"),
-        ("certificate_expired", "good", (), "by our clock it is good until 2026-06-02", Fault.EITHER, "clocks"),
-        ("certificate_expired", "old issuer", (), "its issuer, cn:Old Issuer, expired 2 days ago", Fault.OURS, "run:"),
-        ("certificate_revoked", "good", (), "it was revoked", Fault.OURS, "run: handfast issue web"),
-        ("bad_certificate", "early", (), "it is not valid yet; it will be in 5 minutes", Fault.OURS, "clock"),
-        ("bad_certificate", "good", (), "not to the server's liking", Fault.EITHER, "see the server's own log"),
-        ("unsupported_certificate", "server", (), "it is a server's: its extended key usage lacks clientAuth",
-         Fault.OURS, "--profile client"),
-        ("unsupported_certificate", "no eku", (), "it has no extended key usage", Fault.OURS, "run:"),
-        ("unsupported_certificate", "good", (), "though it is a client's", Fault.EITHER, "log"),
-        ("unknown_ca", "good", ("CN=Corp",), "it is of CN=Test Root; the server accepts CN=Corp", Fault.OURS, "bundle"),
-        ("unknown_ca", "good", (), "does not know the authority that issued it, CN=Test Root", Fault.EITHER, "bundle"),
-        ("certificate_required", "good", ("CN=Corp",), "the server accepts CN=Corp", Fault.OURS, "bundle"),
-        ("certificate_required", "good", (), "it saw none that it could use", Fault.EITHER, "P-256"),
-        ("decrypt_error", "good", (), "our proof that we hold its key", Fault.OURS, "run: handfast issue web"),
-        ("access_denied", "good", (), "no rule of the server allows spiffe://test/web", Fault.EITHER, "--as NAME"),
-        ("certificate_unknown", "good", (), "names that its issuer may vouch for", Fault.EITHER, "log"),
-        ("handshake_failure", "expired", (), "it expired 3 days ago", Fault.OURS, "run: handfast issue web"),
-        ("unknown_ca", "expired", ("CN=Test Root",), "besides, our certificate expired", Fault.EITHER, "run:"),
+        ("certificate_expired", "expired", (), "it expired 3 days ago", Who.CLIENT, "run: handfast issue web"),
+        ("certificate_expired", "expired", ("CN=Corp",), "it expired 3 days ago; besides, the server does not know the"
+         " authority that issued our certificate, CN=Test Root; the server accepts CN=Corp", Who.CLIENT, "bundle"),
+        ("certificate_expired", "good", (), "by our clock it is good until 2026-06-02 00:00 UTC; most likely the"
+         " server's revocation list is out of date; or the server's clock is ahead", Who.SERVER, "compare the clocks"),
+        ("certificate_expired", "old issuer", (), "an authority above it, cn:Old Issuer, expired 2 days ago",
+         Who.CLIENT, "run:"),
+        ("certificate_revoked", "good", (), "it was revoked", Who.AUTHORITY, "issue a new one: handfast issue web"),
+        ("bad_certificate", "early", (), "it is not valid yet; it will be in 5 minutes", Who.CLIENT, "clock"),
+        ("bad_certificate", "expired", (), "most likely it expired 3 days ago", Who.CLIENT, "run: handfast issue web"),
+        ("bad_certificate", "good", (), "it does not say why; perhaps the certificate is not yet valid (compare the"
+         " clocks)", Who.SERVER, "the server's log says more"),
+        ("bad_certificate", "good", ("CN=Corp",), "most likely the server does not know the authority that issued it,"
+         " CN=Test Root; the server accepts CN=Corp", Who.CLIENT, "bundle"),
+        ("unsupported_certificate", "server", (), "is not for client use (it is for server)", Who.AUTHORITY,
+         "with --profile client: handfast issue web"),
+        ("unsupported_certificate", "no eku", (), "(no extended key usage)", Who.AUTHORITY, "--profile client:"),
+        ("unsupported_certificate", "good", (), "the server takes other kinds of keys", Who.SERVER, "log"),
+        ("unknown_ca", "good", ("CN=Corp",), "the server does not know the authority that issued it, CN=Test Root;"
+         " the server accepts CN=Corp", Who.CLIENT, "bundle"),
+        ("unknown_ca", "good", (), "most likely the server does not know the authority that issued it, CN=Test Root;"
+         " or", Who.CLIENT, "bundle"),
+        ("unknown_ca", "good", ("CN=Test Root",), "has no revocation list of the certificate's issuer", Who.SERVER,
+         "revocation list"),
+        ("unknown_ca", "expired", ("CN=Test Root",), "besides, our certificate expired", Who.CLIENT, "run:"),
+        ("certificate_required", "good", ("CN=Corp",), "the server accepts CN=Corp", Who.CLIENT, "bundle"),
+        ("certificate_required", "good", (), "so it was not sent", Who.CLIENT, "P-256"),
+        ("decrypt_error", "good", (), "could not prove that it holds", Who.CLIENT, "run: handfast issue web"),
+        ("access_denied", "good", (), "it is good, and a rule keeps it out", Who.SERVER,
+         "allow spiffe://test/web, or call as another: --as NAME"),
+        ("access_denied", "expired", (), "most likely it expired 3 days ago; or a rule of the server keeps it out",
+         Who.CLIENT, "run:"),
+        ("certificate_unknown", "good", (), "its issuer may not issue for its name", Who.SERVER, "log"),
+        ("handshake_failure", "expired", (), "it expired 3 days ago", Who.CLIENT, "run: handfast issue web"),
     ],
 )  # fmt: skip
 def test_an_alert_about_us_is_explained(
-    alert: str, kind: str, accepted: tuple[str, ...], message: str, fault: Fault, hint: str
+    alert: str, kind: str, accepted: tuple[str, ...], message: str, who: Who, hint: str
 ) -> None:
-    """Alert and certificate together say what is wrong, whose fault it is, and the next command."""
+    """Alert and certificate together say what is wrong, who must act, and the next step."""
     verdict = refused(alert, own(kind), accepted, NOW)
     assert verdict.failure.reason is Reason.CONNECT_REFUSED
     assert verdict.failure.message.startswith("the server refused our certificate: ")
     assert message in verdict.failure.message
-    assert (verdict.fault, verdict.cause) == (fault, alert)
+    assert (verdict.who, verdict.cause) == (who, alert)
+    assert verdict.fields()["fault"] == str(who)
     assert hint in verdict.failure.hint
 
 
@@ -78,6 +95,7 @@ def test_an_alert_about_us_is_explained(
         ("unrecognized_name", "it has no site by the name", "--sni NAME"),
         ("no_application_protocol", "ALPN", "without ALPN"),
         ("internal_error", "it failed in itself", "log"),
+        ("illegal_parameter", "a field of the handshake is out of range", "rewrites the handshake"),
         ("alert 200", "the alert alert 200", "log"),
     ],
 )
@@ -87,6 +105,12 @@ def test_an_alert_about_something_else_does_not_blame_our_certificate(alert: str
     assert verdict.failure.reason is Reason.CONNECT_HANDSHAKE
     assert message in verdict.failure.message
     assert hint in verdict.failure.hint
+
+
+def test_a_handshake_without_common_parameters_is_not_blamed_on_a_good_certificate() -> None:
+    """handshake_failure is about the certificate only where something is wrong with that."""
+    verdict = refused("handshake_failure", own("good"), ("CN=Test Root",), NOW)
+    assert (verdict.failure.reason, verdict.who) == (Reason.CONNECT_HANDSHAKE, Who.SERVER)
 
 
 @pytest.mark.parametrize("alert", Alert, ids=lambda alert: alert.wire_name)
@@ -124,10 +148,13 @@ def test_a_server_that_closes_without_a_word_is_explained() -> None:
     """What is wrong with our certificate is named as the likely cause; with a good one, the server's rules are."""
     verdict = silent(own("expired"), (), NOW, cut=True)
     assert "the likely one is that our certificate expired 3 days ago" in verdict.failure.message
-    assert (verdict.fault, verdict.cause) == (Fault.OURS, "cut")
+    assert (verdict.who, verdict.cause) == (Who.CLIENT, "cut")
+    verdict = silent(own("expired"), ("CN=Corp",), NOW, cut=True)
+    assert "that our certificate expired 3 days ago; besides, the server does not know" in verdict.failure.message
+    assert "of an authority that the server accepts" in verdict.failure.hint
     verdict = silent(own("good"), ("CN=Test Root",), NOW, cut=False)
     assert "nothing is wrong with our certificate, spiffe://test/web" in verdict.failure.message
-    assert (verdict.fault, verdict.cause) == (Fault.THEIRS, "closed")
+    assert (verdict.who, verdict.cause) == (Who.SERVER, "closed")
 
 
 def test_a_server_that_we_refuse_is_explained() -> None:
@@ -139,6 +166,8 @@ def test_a_server_that_we_refuse_is_explained() -> None:
     verdict = untrusted(failures)
     assert verdict.failure.message == "we do not trust the server: the certificate is for dns:a, not for dns:b"
     assert (verdict.cause, "--expect" in verdict.failure.hint) == ("verify.name_mismatch", True)
+    verdict = untrusted((Failure(Reason.VERIFY_EXPIRED, {"subject": "dns:a", "not_after": NOW}),))
+    assert (verdict.who, verdict.failure.hint[:8]) == (Who.SERVER, "renew it")
 
 
 @given(st.timedeltas(timedelta(), timedelta(days=9999)))

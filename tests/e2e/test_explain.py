@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 
 from handfast.errors import Exit
 from tests.e2e.kit import Caller
 from tests.explain.kit import CLIENTS, Files
 from tests.support.apps import accepted
+from tests.support.certs import Ca
 from tests.support.programs import HANDFAST, Child, curl, free_port, handfast, made, must, s_server, served
 from tests.support.waiting import PATIENCE
 
@@ -167,7 +169,7 @@ def test_a_client_that_is_not_there_is_told_where_it_would_be(call: Caller, tmp_
     err = call("explain", "127.0.0.1:1", "--as", "nobody", "--state", "state").err
     clients = tmp_path / "state" / "clients"
     assert f"in {clients}, nor in this folder [connect.no_credential]" in err
-    assert f"next: make one: handfast issue nobody --out {clients}" in err
+    assert f"next: make one: handfast issue nobody --out {clients} --state state\n" in err
 
 
 def test_a_reason_is_explained(call: Caller) -> None:
@@ -242,6 +244,37 @@ def test_as_takes_the_client_that_up_keeps(tmp_path: Path) -> None:
         stranger = handfast("explain", place, "--json", folder=tmp_path)
         assert json.loads(stranger.stdout)["verdict"]["reason"] == "verify.no_certificate"
         assert (known.returncode, stranger.returncode) == (0, 3)
+
+
+def test_a_constrained_authority_is_judged_as_the_guard_judges_it(tmp_path: Path) -> None:
+    """A server whose name its authority's constraints permit works; one under the same constraints, for another name,
+    fails for that.
+    """
+    state = ("--state", tmp_path / "state")
+    made("authority", "init", "--constrain", "example.internal", *state, folder=tmp_path)
+    made("issue", "api", "api.example.internal", *state, "--out", tmp_path, folder=tmp_path)
+    (root,) = x509.load_pem_x509_certificates((tmp_path / "ca.crt").read_bytes())
+    limits = root.extensions.get_extension_for_class(x509.NameConstraints)
+    assert any(isinstance(base, x509.UniformResourceIdentifier) for base in limits.value.permitted_subtrees or ())
+    other = Ca.root(extra=[(limits.value, True)])
+    other.save(tmp_path, "other-ca")
+    other.client("spiffe://handfast.internal/api").save(tmp_path, "caller")
+    other.server("b.example.internal").save(tmp_path, "inside")
+    other.server("b.example.com").save(tmp_path, "outside")
+    for files, client, ca, name, reason in (
+        ("api", "api", "ca.crt", "api.example.internal", None),
+        ("inside", "caller", "other-ca.crt", "b.example.internal", None),
+        ("outside", "caller", "other-ca.crt", "b.example.com", "verify.name_constraint"),
+    ):
+        asks = ("-CAfile", ca, "-Verify", "3", "-verify_return_error")
+        chain = ("-cert", f"{files}.crt", "-cert_chain", f"{files}.crt", "-key", f"{files}.key")
+        with s_server(*asks, *chain, folder=tmp_path) as (port, _):
+            own = ("--cert", f"{client}.crt", "--key", f"{client}.key", "--ca", ca, "--sni", name)
+            done = handfast("explain", f"127.0.0.1:{port}", *own, "--json", folder=tmp_path)
+        verdict = json.loads(done.stdout)["verdict"]
+        assert (verdict["reason"], done.returncode) == (reason, Exit.OK if reason is None else Exit.REFUSED), done
+    guard = ("verify", "outside.crt", "--bundle", "other-ca.crt", "--purpose", "server")
+    assert "[verify.name_constraint]" in handfast(*guard, folder=tmp_path).stderr
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def test_connections_at_once(tmp_path: Path) -> None:
 
 
 def test_how_often(tmp_path: Path) -> None:
-    """Handshakes of a listener or an address, and requests of an identity or a listener, are taken so many at once;
+    """Handshakes and requests of a listener, an address or an identity are taken so many at once;
     what comes too soon is turned away, or answered with 429 on a connection that goes on.
     """
     files, admin = Files(tmp_path), free_port()
@@ -82,12 +82,17 @@ def test_how_often(tmp_path: Path) -> None:
         "by_address": "handshakes_per_second_per_address = 0.01\nburst = 3",
         "by_identity": "requests_per_second_per_identity = 0.01\nburst = 3",
         "requests": "requests_per_second = 0.01\nburst = 3",
+        "caller": "requests_per_second_per_address = 0.01\nburst = 3",
+        "comer": "handshakes_per_second_per_identity = 0.01\nburst = 3",
     }
     with App() as app, guarding(tmp_path, config(admin, app.address, **limits)) as guard:
         for name in ("handshakes", "by_address"):
             assert [turned_away(alice, guard.ports[name]) for _ in range(4)] == [False] * 3 + [True]
             assert guard.next("connection", decision="deny")["reason"] == "limit.handshakes"
-        for name in ("by_identity", "requests"):
+        assert [turned_away(alice, guard.ports["comer"]) for _ in range(4)] == [False] * 3 + [True]
+        assert guard.next("connection", decision="deny")["reason"] == "limit.handshakes"
+        assert turned_away(bob, guard.ports["comer"]) is False
+        for name in ("by_identity", "requests", "caller"):
             with alice.line(guard.ports[name]) as hers, bob.line(guard.ports[name]) as his:
                 assert [hers.ask().status for _ in range(5)] == [200, 200, 200, 429, 429]
                 assert hers.ask().error == (429, "limit.requests")
@@ -95,10 +100,10 @@ def test_how_often(tmp_path: Path) -> None:
             assert turned_away(alice, guard.ports[name]) is False
             told = guard.next("request", decision="deny")
             assert (told["reason"], told["peer"]) == ("limit.requests", "spiffe://test/alice")
-        assert metric(admin, 'handfast_limited_total{reason="limit.handshakes"}') == 2
-        assert metric(admin, 'handfast_limited_total{reason="limit.requests"}') == 9
-        assert metric(admin, 'handfast_requests_total{decision="deny"') == 9
-    assert app.received.count(b"GET") == 3 + 3 + 4 + 3
+        assert metric(admin, 'handfast_limited_total{reason="limit.handshakes"}') == 3
+        assert metric(admin, 'handfast_limited_total{reason="limit.requests"}') == 14
+        assert metric(admin, 'handfast_requests_total{decision="deny"') == 14
+    assert app.received.count(b"GET") == 3 + 3 + 4 + 4 + 3 + 3
 
 
 def test_a_rate_comes_back(tmp_path: Path) -> None:

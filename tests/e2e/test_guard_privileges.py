@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.guard_kit import Files, admin_get, guarding, named
+from tests.e2e.guard_kit import Client, Files, admin_get, guarding, named
 from tests.e2e.kit import Caller
 from tests.support.apps import App
 from tests.support.programs import HANDFAST, Child, free_port
@@ -45,7 +45,7 @@ def shared() -> Iterator[Path]:
 
 def give(folder: Path) -> None:
     """Make the files another user's."""
-    for path in (folder, *folder.iterdir()):
+    for path in (folder, *folder.rglob("*")):
         os.chown(path, NOBODY.pw_uid, NOBODY.pw_gid)
 
 
@@ -95,6 +95,45 @@ def test_root_binds_and_is_root_no_more(shared: Path, workers: int) -> None:
         assert alice.ask(port).status == 200
         until(lambda: admin_get(admin, "/readyz")[0] == 200, "200 of /readyz")
         assert b"handfast_handshakes_total" in admin_get(admin, "/metrics")[1]
+
+
+@as_root
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_authority_of_the_user_is_open_to_it(call: Caller, shared: Path, workers: int) -> None:
+    """With `user` and `state` together the ledger is opened as that user: its clients come in, and a revocation
+    counts. A state folder of root's is refused at the start, by name.
+    """
+    state = shared / "state"
+    call.done("authority", "init", "--state", state)
+    server = call.done("issue", "localhost", "127.0.0.1", "--state", state, "--out", shared / "server")
+    client = call.done("issue", "alice", "--state", state, "--out", shared / "alice")
+    alice = Client(Path(client["ca"]), Path(client["cert"]), Path(client["key"]))
+    top = f'user = "nobody"\nworkers = {workers}\nstate = "{state}"\n'
+    with App() as app:
+        config = f"""
+            [[listener]]
+            listen = "127.0.0.1:0"
+            cert = "{server["cert"]}"
+            key = "{server["key"]}"
+            to = "{app.address}"
+        """
+        (shared / "handfast.toml").write_text(top + config)
+        # By processes of their own: rights do not come back.
+        line = (*HANDFAST, "guard", "-c", shared / "handfast.toml")
+        for words in ((), ("--check",)):
+            refused = subprocess.run((*line, *words), capture_output=True, text=True, timeout=30, check=False)
+            assert refused.returncode == 5, refused.stderr
+            assert "[store." in refused.stderr
+        give(shared)
+        subprocess.run((*line, "--check"), timeout=30, check=True)
+        with guarding(shared, config, top=top) as guard:
+            assert alice.ask(guard.port).status == 200
+            os.chown(state, 0, 0)  # for the one command that is ours
+            call.done("revoke", "alice", "--state", state)
+            os.chown(state, NOBODY.pw_uid, NOBODY.pw_gid)
+            for _ in range(workers):
+                guard.next("reload", outcome="taken")
+            assert alice.ask(guard.port).error == (403, "verify.revoked")
 
 
 @as_root

@@ -176,6 +176,7 @@ def test_a_drain_has_an_end(tmp_path: Path) -> None:
                 line.tls.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 assert slow.asked.wait(WAIT)
                 guard.send(signal.SIGTERM)
+                assert guard.next("request")["reason"] == "ended.stopped"
                 assert guard.child._process.wait(WAIT) == 0
                 assert line.ends_within(1)
             slow.asked.clear()

@@ -235,3 +235,41 @@ def test_who_is_revoked_may_not_serve_either(call: Caller, state: Path, tmp_path
             guard.next("reload", outcome="taken")
             assert bob.ask(guard.port).error == (502, "upstream.tls")
             assert "revoked" in guard.next("request", reason="upstream.tls")["detail"]
+
+
+def test_a_revocation_waits_for_no_file(call: Caller, state: Path, tmp_path: Path) -> None:
+    """While a file is broken, and so all files are kept as they were, who is revoked is still cut off within 2 s; once
+    the file is whole again it is read, and the revocation stands.
+    """
+    server = call.done("issue", "localhost", "127.0.0.1", "--state", state, "--out", "server")
+    clients = {}
+    for name in ("bob", "carol"):
+        issued = call.done("issue", name, "--state", state, "--out", name)
+        clients[name] = Client(Path(issued["ca"]), Path(issued["cert"]), Path(issued["key"]))
+    rules = tmp_path / "rules"
+    rules.write_text("allow bob\nallow carol\n")
+    with App() as app:
+        config = f"""
+            [[listener]]
+            listen = "127.0.0.1:0"
+            cert = "{server["cert"]}"
+            key = "{server["key"]}"
+            to = "{app.address}"
+            allow_file = "rules"
+        """
+        with guarding(tmp_path, config, top=f'state = "{state}"\n') as guard, clients["bob"].line(guard.port) as his:
+            assert his.ask().status == 200
+            rules.write_text("allow bob\nallow nonsense(\n")
+            assert guard.next("reload")["outcome"] == "kept"
+            call.done("revoke", "bob", "--state", state)
+            with Stopwatch() as watch:
+                assert his.ends_within(LIMIT)
+            assert watch.seconds < LIMIT
+            assert guard.next("ended")["reason"] == "ended.revoked"
+            assert clients["bob"].ask(guard.port).error == (403, "verify.revoked")
+            assert clients["carol"].ask(guard.port).status == 200, "the rules are as they were"
+            assert guard.next("reload", outcome="kept")["reason"] == "input.config", "it is still told"
+            rules.write_text("allow bob\n")
+            guard.next("reload", outcome="taken")
+            assert clients["carol"].ask(guard.port).error == (403, "policy.no_rule")
+            assert clients["bob"].ask(guard.port).error == (403, "verify.revoked")

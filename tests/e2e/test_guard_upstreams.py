@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,40 @@ def test_a_guard_behind_a_guard(files: Files, how: str) -> None:
                 assert app.received == b""
             if detail:
                 assert detail in guard.next("request", reason=reason)["detail"]
+
+
+@contextmanager
+def of_tls12(files: Files) -> Iterator[int]:
+    """An app that speaks TLS 1.2 and nothing newer; yields its port."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(files.folder / "inner.crt", files.folder / "inner.key")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with suppress(OSError):  # the end of the listener
+                while True:
+                    plain, _ = listener.accept()
+                    with suppress(OSError), context.wrap_socket(plain, server_side=True) as connection:
+                        named("old")(connection, connection.recv(1 << 16))
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_an_app_of_tls_1_2_needs_a_word(files: Files, allowed: bool) -> None:
+    """With tls_min such an app is spoken to; without it is not, and the log names the key."""
+    alice, lines = files.client(), 'server_name = "localhost"\nca = "ca.crt"\n' + 'tls_min = "1.2"' * allowed
+    with of_tls12(files) as port:
+        text = OUTER.format(scheme="https", port=port, tls=lines) + CONFIG + 'to = "inner"\n'
+        with guarding(files.folder, text) as guard:
+            if allowed:
+                assert alice.ask(guard.port).body == b"old"
+            else:
+                assert alice.ask(guard.port).error == (502, "upstream.tls")
+                assert "tls_min" in guard.next("request", reason="upstream.tls")["remedy"]
 
 
 def test_bytes_over_tls_of_our_own(files: Files) -> None:
@@ -327,7 +362,8 @@ def test_a_proxy_that_is_not_trusted_is_refused(tmp_path: Path, header: bytes) -
         with pytest.raises(OSError), files.client().line(guard.port, before=header):
             pass
         event = guard.next("connection", decision="deny")
-        assert event["reason"] == ("tls.plain_http" if header.startswith(b"PROXY") else "tls.not_tls")
+        assert event["reason"] == "tls.not_tls"
+        assert "proxy_protocol_from" in event["remedy"]
         assert event["address"].startswith("127.0.0.1:")
         assert files.client().ask(guard.port).status == 200
 

@@ -1,4 +1,4 @@
-"""The verb `inspect` as a user has it: what an encrypted file needs next."""
+"""The verb `inspect` as a user has it: what an encrypted file needs next, and servers that show odd things."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import pytest
 
 from handfast.errors import Exit
 from tests.e2e.kit import Caller
+from tests.support.certs import Ca
+from tests.support.odd import answering, serving, unreadable
 
 
 @pytest.fixture
@@ -34,3 +36,22 @@ def test_a_file_that_is_open_needs_nothing_next(call: Caller, pfx: str) -> None:
     assert call("inspect", "ann.crt").err == call("inspect", "ann.key").err == ""
     told = call("inspect", pfx, "--json")
     assert (told.err, told.json[0]["encrypted"]) == ("", True)
+
+
+def test_a_server_that_shows_an_unreadable_certificate_can_be_looked_at(call: Caller) -> None:
+    """What can be read is shown, and how many cannot; with a leaf that cannot be read there is only the server."""
+    leaf, odd = Ca.root().server(), unreadable(Ca.root("Other").certificate)
+    with answering(serving(leaf, odd)) as address:
+        shown = call("inspect", address)
+        assert (shown.code, shown.err, "dns:localhost" in shown.out) == (Exit.OK, "", True)
+        assert "  ! 1 of the certificates that it shows cannot be read\n" in shown.out
+    with answering(serving(leaf, odd, shown=unreadable(leaf.certificate))) as address:
+        (server,) = call("inspect", address, "--json").json
+        assert server["warnings"] == ["2 of the certificates that it shows cannot be read"]
+
+
+def test_a_server_whose_certificates_can_be_read_gives_no_warning(call: Caller) -> None:
+    """The negative twin: its one certificate is shown, and nothing is said to be missing."""
+    with answering(serving(Ca.root().server())) as address:
+        server, certificate = call("inspect", address, "--json").json
+    assert ("warnings" in server, certificate["names"]) == (False, ["dns:localhost", "ip:127.0.0.1"])

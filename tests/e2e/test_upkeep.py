@@ -10,7 +10,8 @@ import pytest
 from cryptography.x509 import Certificate
 
 from handfast.authority import Authority, GeneratedPassphrase, open_authority
-from handfast.cli.upkeep import LISTENER, ClientFiles, Upkeep
+from handfast.cli.clients import ClientFiles
+from handfast.cli.upkeep import LISTENER, Upkeep
 from handfast.errors import HandfastError, InvalidInput, Reason
 from handfast.files import generate_key
 from handfast.guard.places import parse_target

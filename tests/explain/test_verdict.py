@@ -12,14 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handfast.errors import Failure, InvalidInput, Reason
-from handfast.explain.advice import ADVICE, advice_for
-from handfast.explain.chain import load_chain
+from handfast.explain.advice import advice_for
+from handfast.explain.chain import load_chain, own_faults
 from handfast.explain.model import Ending, Known, Recording, Sure, Verdict, Who
 from handfast.explain.reasons import all_codes, meaning_of, who_acts
+from handfast.explain.refusals import Shown, certificate_cause, weighed
 from handfast.explain.scene import plain_speech, scene_of
 from handfast.explain.story import as_json, explain
 from handfast.explain.verdict import judge
-from handfast.pki.verification import TrustBundle
+from handfast.pki.verification import Purpose, TrustBundle
 from handfast.wire.alerts import Alert
 from handfast.wire.records import Chunk, Event, Side
 from tests.wire.test_messages import NAMES, load
@@ -99,6 +100,38 @@ def test_the_same_alert_means_another_thing_with_another_certificate() -> None:
     assert (verdict.reason, verdict.sure) == (Reason.VERIFY_EXPIRED, Sure.CERTAIN)
 
 
+def _shown(chain: tuple[x509.Certificate, ...], late: bool, named: bool | None) -> Shown:
+    now = chain[0].not_valid_after_utc + timedelta(hours=1 if late else -1)
+    return Shown(Side.CLIENT, chain, own_faults(chain, Purpose.CLIENT, now), named)
+
+
+@pytest.mark.parametrize(
+    ("number", "late", "named", "reason", "sure"),
+    [
+        (49, True, None, Reason.VERIFY_EXPIRED, Sure.LIKELY),
+        (49, False, None, Reason.POLICY_DENIED, Sure.CERTAIN),
+        (42, True, True, Reason.VERIFY_EXPIRED, Sure.LIKELY),
+        (42, False, False, Reason.VERIFY_UNKNOWN_ISSUER, Sure.LIKELY),
+        (42, False, True, Reason.SEEN_REFUSED, Sure.POSSIBLE),
+    ],
+)
+def test_what_is_wrong_with_a_certificate_outweighs_a_guess(
+    number: int, late: bool, named: bool | None, reason: Reason, sure: Sure
+) -> None:
+    """An alert of many meanings means what is known to be wrong, where something is; else it stays what it says."""
+    cause = certificate_cause(number, _shown((_leaf(NEW),), late, named))
+    assert (cause.failure.reason, cause.sure) == (reason, sure)
+
+
+def test_a_guessed_revocation_list_does_not_hide_an_expiry() -> None:
+    """OpenSSL looks for the list before it looks at the clock, so both are told; a revocation, once said, is enough."""
+    late = _shown((_leaf(NEW),), True, True)
+    cause, others = weighed(certificate_cause(48, late), late)
+    assert cause.failure.reason is Reason.VERIFY_CRL_MISSING
+    assert [one.reason for one in others] == [Reason.VERIFY_EXPIRED]
+    assert weighed(certificate_cause(44, late), late)[1] == ()
+
+
 @pytest.mark.parametrize("alert", Alert, ids=lambda alert: alert.wire_name)
 @pytest.mark.parametrize("name", [NEW, OLD])
 @pytest.mark.parametrize("sender", list(Side))
@@ -150,9 +183,16 @@ def test_a_refusal_in_http_is_read(answer: bytes, reason: Reason | None) -> None
 
 
 def test_a_close_right_after_the_handshake_is_a_likely_refusal() -> None:
-    """A server that asks for a certificate and closes without a word has most likely refused it."""
+    """A server that asks for a certificate and closes without a word has most likely refused it; what is wrong with
+    it is told, and nothing where nothing is.
+    """
     verdict = judge(_recording(NEW, ending=Ending.CUT), Known(_now(NEW)))
     assert (verdict.worked, verdict.reason, verdict.sure) == (False, Reason.SEEN_REFUSED, Sure.LIKELY)
+    assert verdict.besides == ()
+    late = _leaf(NEW).not_valid_after_utc + timedelta(hours=1)
+    assert judge(_recording(NEW, ending=Ending.CUT), Known(late)).besides == (
+        "the client's certificate has expired [verify.expired]",
+    )
 
 
 def test_a_smaller_hello_that_passes_points_to_the_network() -> None:
@@ -213,10 +253,12 @@ def test_a_code_that_is_none_is_refused() -> None:
 
 def test_every_certificate_reason_has_advice() -> None:
     """Each verdict about a certificate says what to do, and its words fill."""
-    words = {"holder": "client", "judge": "server", "profile": "client", "place": "x"}
     for reason in Reason:
         if reason.code.startswith(("verify.", "ended.", "policy.")):
-            advice = advice_for(reason)
-            assert "{" not in (advice.what + advice.todo + advice.command).format(**words)
+            for side in Side:
+                advice = advice_for(reason, side)
+                assert "{" not in advice.what + advice.todo + advice.command
+                assert isinstance(advice.who, Who)
     assert who_acts(Reason.VERIFY_CRL_MISSING) is Who.SERVER
-    assert {advice.who for advice in ADVICE.values()} <= {"holder", "judge", *Who}
+    assert advice_for(Reason.VERIFY_EXPIRED, Side.SERVER).what == "the server's certificate has expired"
+    assert advice_for(Reason.VERIFY_EXPIRED, Side.CLIENT, "it").what == "it has expired"

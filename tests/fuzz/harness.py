@@ -45,8 +45,8 @@ with _atheris.instrument_imports(include=["handfast"]) if LED else nullcontext()
     from handfast.pki.requests import parse_csr
     from handfast.pki.revocation import check_crls, parse_crls
     from handfast.pki.verification import Purpose, Terms, TrustBundle, verify
+    from handfast.tls.judge import judge_offline
     from handfast.wire import http2
-    from handfast.wire.assertion import Assertion, assertion_key, sign_assertion, verify_assertion
     from handfast.wire.bodies import ChunkedReader
     from handfast.wire.hello import HelloReader
     from handfast.wire.http1 import (
@@ -64,6 +64,7 @@ with _atheris.instrument_imports(include=["handfast"]) if LED else nullcontext()
     from handfast.wire.records import MessageJoiner, RecordReader
     from handfast.wire.targets import ambiguous_path, normal_host, parse_host
     from handfast.wire.usual import Requests, usual_answer
+    from tests.support.proxies import summed
 
 WIRE = Path(__file__).parents[1] / "wire"
 CRASHED = 77  # libFuzzer's exit code for a crash
@@ -291,7 +292,7 @@ def fuzz_chain(data: bytes) -> None:
     for legacy in (False, True):
         terms = Terms(TrustBundle((root.certificate,)), Purpose.CLIENT, legacy=legacy)
         try:
-            peer = verify(chain, terms, now)
+            peer = verify(chain, terms, now, judge_offline(chain, terms.bundle, now))
         except VerificationFailed:
             continue
         assert peer.path[-1] == root.certificate
@@ -324,20 +325,6 @@ def fuzz_crl(data: bytes) -> None:
     except InvalidInput:
         return
     lists.failure(sub.certificate, root.certificate, now)
-
-
-_SIGNER = assertion_key(ec.generate_private_key(ec.SECP256R1()))
-_ISSUED = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-def fuzz_assertion(data: bytes) -> None:
-    """A token that is taken is one that we signed."""
-    keys = {_SIGNER.id: _SIGNER.private.public_key()}
-    try:
-        verify_assertion(data, keys, "app", _ISSUED)
-    except (RemoteProtocolError, VerificationFailed):
-        return
-    assert data.rpartition(b".")[0] == _token().rpartition(b".")[0]
 
 
 def fuzz_config(data: bytes) -> None:
@@ -406,8 +393,8 @@ def _proxies() -> list[bytes]:
         b"PROXY UNKNOWN whatever\r\n",
         proxy_v2(None),
         proxy_v2(pair, tls) + b"\x16\x03\x01",
-        proxy_v2(six, tls, checksum=True),
-        proxy_v2(Endpoints(b"/run/a", b"/run/b"), None, checksum=True),
+        summed(proxy_v2(six, tls)),
+        summed(proxy_v2(Endpoints(b"/run/a", b"/run/b"))),
     ]
 
 
@@ -463,12 +450,6 @@ def _csrs() -> list[bytes]:
 def _files() -> list[bytes]:
     _, sub, _ = _pki()
     return [*(seed[2:] for seed in _chains()[:1]), sub.certificate.public_bytes(Encoding.PEM), *_lists(), *_csrs()]
-
-
-@cache
-def _token() -> bytes:
-    claims = Assertion("Test", "app", "spiffe://test/web", "id", _ISSUED, _ISSUED + timedelta(seconds=60), bytes(32))
-    return sign_assertion(_SIGNER, claims)
 
 
 _CONFIG = """
@@ -537,7 +518,6 @@ TARGETS: dict[str, Target] = {
     "files": Target(fuzz_files, _files),
     "csr": Target(fuzz_requests_for_certificates, _csrs),
     "crl": Target(fuzz_crl, _lists),
-    "assertion": Target(fuzz_assertion, lambda: [_token()]),
     "config": Target(fuzz_config, _configs),
     "capture": Target(fuzz_capture, _captures),
 }

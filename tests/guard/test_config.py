@@ -100,6 +100,8 @@ idle = "2m"
 tunnel_idle = "1h"
 connections = 1000
 requests_per_second = 2
+requests_per_second_per_address = 1
+handshakes_per_second_per_identity = 3
 max_body = 1048576
 
 [admin]
@@ -119,6 +121,7 @@ cert = "guard.crt"
 key = "guard.key"
 server_name = "App.Internal."
 expect = "spiffe://corp.internal/app/*"
+tls_min = "1.2"
 proxy_protocol = "v2"
 connect = "1s"
 response = "90s"
@@ -192,6 +195,8 @@ def test_every_key_arrives() -> None:
         tunnel_idle=timedelta(hours=1),
         connections=1000,
         requests_per_second=2.0,
+        requests_per_second_per_address=1.0,
+        handshakes_per_second_per_identity=3.0,
         max_body=1 << 20,
     )
     web = UpstreamConfig(
@@ -202,6 +207,7 @@ def test_every_key_arrives() -> None:
         key=HERE / "guard.key",
         server_name="app.internal",
         expect="spiffe://corp.internal/app/*",
+        tls_min=TlsVersion.TLS12,
         proxy_protocol=ProxyProtocol.V2,
         connect=timedelta(seconds=1),
         response=timedelta(seconds=90),
@@ -243,6 +249,8 @@ def test_every_key_arrives() -> None:
             idle=timedelta(seconds=30),
             tunnel_idle=timedelta(hours=1),
             requests_per_second=2.0,
+            requests_per_second_per_address=1.0,
+            handshakes_per_second_per_identity=3.0,
             max_body=1 << 20,
         ),
     )

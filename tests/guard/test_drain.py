@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from handfast.guard.connection import LAST_MOMENT
+from handfast.guard.http import LATELY
 from tests.support.apps import App, client_context, get
 from tests.support.certs import Ca
 from tests.support.guards import Running
@@ -50,17 +51,37 @@ def test_who_came_in_over_http2_may_ask(ca: Ca, tmp_path: Path) -> None:
         assert client.get("/").status == 200
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_who_asks_nothing_is_let_go(ca: Ca, tmp_path: Path, asked: bool) -> None:
-    """A client that does not ask is closed after a moment; one that was answered already, at once."""
+def test_who_asked_lately_may_ask_once_more(ca: Ca, tmp_path: Path) -> None:
+    """A client that keeps its connection and asks again as the guard is told to stop gets an answer that says that the
+    connection closes, and not an end in place of an answer.
+    """
     with App() as app, Running(ca, app.address) as guard, _enter(guard, ca, tmp_path) as tls:
-        if asked:
+        tls.sendall(get(close=False))
+        assert tls.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        guard.events.next("request")
+        guard.call(_drain, guard)
+        tls.sendall(get(close=False))
+        answer = b""
+        while piece := tls.recv(1 << 16):
+            answer += piece
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert b"connection: close" in answer.lower()
+
+
+@pytest.mark.parametrize("asked", ["never", "now", "long ago"])
+def test_who_asks_nothing_is_let_go(ca: Ca, tmp_path: Path, asked: str) -> None:
+    """A client that does not ask is closed after a moment; one that has not asked for longer than that, at once."""
+    with App() as app, Running(ca, app.address) as guard, _enter(guard, ca, tmp_path) as tls:
+        if asked == "never":
+            guard.events.next("connection")
+        else:
             tls.sendall(get(close=False))
             assert tls.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
             guard.events.next("request")
-        else:
-            guard.events.next("connection")
+        if asked == "long ago":
+            (connection,) = guard.guard.connections
+            connection.deadline -= LATELY + 1  # as if so much time had passed
         with Stopwatch() as watch:
             guard.call(_drain, guard)
             assert tls.recv(1 << 16) == b""
-        assert watch.seconds < (1 if asked else LAST_MOMENT + 2)
+        assert watch.seconds < (1 if asked == "long ago" else LAST_MOMENT + 2)

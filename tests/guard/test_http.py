@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import ssl
+import threading
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,30 @@ def test_a_large_download_arrives_whole(ca: Ca, ask: Ask, path: str) -> None:
     with App(_big) as app, Running(ca, app.address) as guard:
         answer = ask(guard, ca.client(), get(path))
         assert answer.count(b"x") >= 8 << 20
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_a_client_that_sends_no_more_is_answered_and_let_go(ca: Ca, tmp_path: Path, half: bool) -> None:
+    """After the answer to a client that closed its side of TCP nothing is waited for; another may ask again."""
+    go = threading.Event()
+
+    def answer(connection: socket.socket, _request: bytes) -> None:
+        go.wait(PATIENCE)
+        connection.sendall(HELLO)
+
+    with App(answer) as app, Running(ca, app.address) as guard, _open(guard, ca, tmp_path) as tls:
+        tls.sendall(get("/", close=False))
+        until(lambda: b"GET" in app.received, "the request at the app")
+        if half:
+            socket.socket.shutdown(tls, socket.SHUT_WR)  # of the TCP below: no close_notify goes before it
+        go.set()
+        answered = _read(tls, b"World\n")
+        assert answered.endswith(b"Hello World\n")
+        if half:
+            assert tls.recv(1) == b"", "it ends with a close_notify"
+        else:
+            tls.sendall(get("/", close=False))
+            assert _read(tls, b"World\n")
 
 
 def test_a_slow_reader_holds_the_app_back(ca: Ca, tmp_path: Path) -> None:

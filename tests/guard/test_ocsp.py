@@ -35,6 +35,7 @@ from handfast.guard.ocsp import MAX_OPEN, OcspChecker, Verdict, is_public
 from handfast.guard.routes import Sites, Snapshot
 from handfast.guard.schema import Ocsp
 from handfast.pki.verification import Purpose, Terms, TrustBundle, VerifiedPeer, verify
+from handfast.tls.judge import judge_offline
 from tests.guard.conftest import Ask
 from tests.support.apps import HELLO, App, accepted, client_context, get, stop_accepting
 from tests.support.certs import Ca, Leaf
@@ -158,7 +159,8 @@ def client(ca: Ca, *urls: str, name: str = "spiffe://test/web") -> Leaf:
 
 
 def peer(ca: Ca, leaf: Leaf) -> VerifiedPeer:
-    return verify(leaf.presented, Terms(TrustBundle((ca.certificate,)), Purpose.CLIENT), now())
+    bundle, at = TrustBundle((ca.certificate,)), now()
+    return verify(leaf.presented, Terms(bundle, Purpose.CLIENT), at, judge_offline(leaf.presented, bundle, at))
 
 
 def code(verdict: Verdict) -> str:
@@ -557,7 +559,7 @@ def asking(guard: Running, policy: Ocsp = Ocsp.REQUIRE) -> None:
     """Have a running guard ask by OCSP."""
     snapshot = guard.snapshot()
     site = replace(snapshot.sites["main"].all[0], ocsp=OcspChecker(policy, hosts=LOOPBACK))
-    guard.swap(Snapshot({"main": Sites([site])}, 1))
+    guard.swap(Snapshot({"main": Sites([site])}))
 
 
 @pytest.mark.parametrize(

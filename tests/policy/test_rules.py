@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from handfast.errors import InvalidInput, Reason
 from handfast.pki import Purpose, Terms, TrustBundle, VerifiedPeer, verify
 from handfast.policy import ALLOW_ANY, Effect, Policy, Request, decide, parse_policy, parse_rule, rule_for
+from handfast.tls.judge import judge_offline
 from tests.support.certs import Ca
 
 ROOT = Ca.root()
@@ -19,7 +20,8 @@ ROOT = Ca.root()
 
 def _peer(*names: str, cn: str | None = None) -> VerifiedPeer:
     terms = Terms(TrustBundle((ROOT.certificate,)), Purpose.CLIENT)
-    return verify(ROOT.leaf(*names, cn=cn).presented, terms, datetime.now(UTC))
+    chain, now = ROOT.leaf(*names, cn=cn).presented, datetime.now(UTC)
+    return verify(chain, terms, now, judge_offline(chain, terms.bundle, now))
 
 
 WEB = _peer("spiffe://td/web")

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from handfast.pki.certificates import certificate_names, fingerprint
 from handfast.pki.names import Kind, Name
 from handfast.pki.verification import Purpose, Terms, TrustBundle, verify
+from handfast.tls.judge import judge_offline
 from handfast.wire.forwarding import (
     DEFAULT_STYLES,
     HeaderStyle,
@@ -132,7 +133,8 @@ def test_a_verified_peer_is_told_with_its_chain_and_without_the_root() -> None:
     """The facts of a verified peer: its identity, its names, and the issuers between it and the trust anchor."""
     leaf = ISSUER.client(WEB)
     terms = Terms(TrustBundle((ROOT.certificate,)), Purpose.CLIENT)
-    found = facts_of(verify(leaf.presented, terms, datetime.now(UTC)), GUARD)
+    now = datetime.now(UTC)
+    found = facts_of(verify(leaf.presented, terms, now, judge_offline(leaf.presented, terms.bundle, now)), GUARD)
     assert (found.leaf, found.identity, found.chain, found.by) == (
         leaf.certificate,
         Name(Kind.SPIFFE, WEB),
@@ -141,7 +143,8 @@ def test_a_verified_peer_is_told_with_its_chain_and_without_the_root() -> None:
     )
     assert f"URI={WEB}" in told(found)["X-Forwarded-Client-Cert"]
     direct = ROOT.client(WEB)
-    assert facts_of(verify(direct.presented, terms, datetime.now(UTC))).chain == ()
+    judgement = judge_offline(direct.presented, terms.bundle, now)
+    assert facts_of(verify(direct.presented, terms, now, judgement)).chain == ()
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)

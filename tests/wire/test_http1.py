@@ -82,7 +82,7 @@ ACCEPTED: list[tuple[bytes, dict[str, object]]] = [
     (get(b"Transfer-Encoding: chunked\r\n"), {"body": BodyKind.CHUNKED, "length": 0}),
     (get(b"transfer-encoding: Chunked\r\n"), {"body": BodyKind.CHUNKED}),
     (get(start=b"OPTIONS * HTTP/1.1"), {"target": b"*", "path": b"*"}),
-    (get(start=b"purge /x HTTP/1.1"), {"method": b"purge"}),
+    (get(start=b"PURGE /x HTTP/1.1"), {"method": b"PURGE"}),
     (get(start=b"M-SEARCH /?? HTTP/1.1"), {"path": b"/", "target": b"/??"}),
     (get(start=b"GET / HTTP/1.0"), {"minor": 0, "keep_alive": False}),
     (get(b"Connection: keep-alive\r\n", b"GET / HTTP/1.0"), {"minor": 0, "keep_alive": True}),
@@ -221,7 +221,7 @@ REFUSED: list[tuple[bytes, Reason]] = [
     *((get(start=b"GET / HTTP/" + version), R.HTTP_VERSION) for version in (b"0.9", b"1.2", b"2.0", b"3.0", b"9.9")),
     *(
         (get(start=method + b" / HTTP/1.1"), R.HTTP_METHOD)
-        for method in (b"CONNECT", b"TRACE", b"trace", b"Connect", b"head", b"Head")
+        for method in (b"CONNECT", b"TRACE", b"trace", b"Connect", b"head", b"Head", b"get", b"Post", b"purge")
     ),
     (get(start=b"CONNECT a:443 HTTP/1.1"), R.HTTP_METHOD),
     *(

@@ -25,6 +25,7 @@ from handfast.wire.proxy import (
     proxy_v2,
     read_proxy,
 )
+from tests.support.proxies import summed
 
 SIGNATURE = bytes.fromhex("0d0a0d0a000d0a515549540a")
 V4 = Endpoints(Address("192.0.2.1", 56324), Address("198.51.100.7", 443))
@@ -83,7 +84,7 @@ def test_no_certificate_is_told_of_a_client_that_showed_none() -> None:
         (proxy_v2(V4), Proxied(2, V4)),
         (proxy_v2(V6), Proxied(2, V6)),
         (proxy_v2(UNIX), Proxied(2, UNIX)),
-        (proxy_v2(None, TLS, checksum=True), Proxied(2)),
+        (summed(proxy_v2(None, TLS)), Proxied(2)),
         (v2(b"anything at all", 0x20, 0x99), Proxied(2)),  # LOCAL: the block is skipped
         (v2(b"\x01\x00\xff", 0x21, 0x00), Proxied(2)),  # AF_UNSPEC
         (v2(BLOCK, 0x21, 0x10), Proxied(2)),
@@ -209,10 +210,10 @@ def test_the_checksum_is_the_known_one(data: bytes, value: int) -> None:
 
 def test_a_checksum_is_held_over_every_byte() -> None:
     """A header with a checksum reads; with any bit of it changed it does not."""
-    good = proxy_v2(V4, SHOWN, checksum=True)
+    good = summed(proxy_v2(V4, SHOWN))
     assert read(good).endpoints == V4
-    summed = [*range(16, len(good) - 7), *range(len(good) - 4, len(good))]  # all but the checksum's own type and length
-    damaged = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in summed]
+    held = [*range(16, len(good) - 7), *range(len(good) - 4, len(good))]  # all but the checksum's own type and length
+    damaged = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in held]
     assert all(str(outcome(data)).startswith("proxy.malformed") for data in damaged)
 
 
@@ -223,13 +224,20 @@ def test_a_checksum_is_held_over_every_byte() -> None:
         Endpoints(b"/a\x00b", b""),
         Endpoints(b"/a", Address("127.0.0.1", 1)),
         Endpoints(Address("localhost", 1), Address("127.0.0.1", 1)),
-        Endpoints(Address("fe80::1%eth0", 1), Address("fe80::2", 1)),
+        Endpoints(Address("fe80::1%", 1), Address("fe80::2", 1)),
     ],
 )
 def test_what_cannot_be_written_is_not_written(endpoints: Endpoints) -> None:
     """Ends that the header has no room for are an error, never a header that says something else."""
     with pytest.raises(ValueError):
         proxy_v2(endpoints)
+
+
+def test_a_zone_is_left_out() -> None:
+    """A client on a link is told without the name that the link has here; and that is all that is left out."""
+    linked = Endpoints(Address("fe80::1%eth0", 7), Address("fe80::2%eth0", 443))
+    assert read(proxy_v2(linked)).endpoints == Endpoints(Address("fe80::1", 7), Address("fe80::2", 443))
+    assert proxy_v2(linked) != proxy_v2(Endpoints(Address("fe80::3", 7), Address("fe80::2", 443)))
 
 
 @pytest.mark.parametrize("size", [65_532, 65_536, 100_000])
@@ -270,7 +278,8 @@ def plain(end: Address | bytes) -> Address | bytes:
 )
 def test_what_is_written_can_be_read(endpoints: Endpoints | None, tls: TlsFacts | None, checksum: bool) -> None:
     """A header reads back as its ends and the TLVs of its TLS, with a checksum and without."""
-    found = read(proxy_v2(endpoints, tls, checksum=checksum))
+    header = proxy_v2(endpoints, tls)
+    found = read(summed(header) if checksum else header)
     if endpoints is None:
         assert found == Proxied(2)
         return

@@ -14,7 +14,6 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -244,13 +243,6 @@ class Authority:
             raise StoreError(Reason.STORE_NO_CERTIFICATE, value=text)
         return found
 
-    def certificate(self, serial: int) -> x509.Certificate:
-        """One certificate. Raises StoreError (STORE_NO_CERTIFICATE)."""
-        der = self._ledger.certificate(serial)
-        if der is None:
-            raise StoreError(Reason.STORE_NO_CERTIFICATE, value=serial_text(serial))
-        return _load(der, self._ledger)
-
     def certificates(
         self, *, expiring: timedelta | None = None, ended: bool = False, now: datetime | None = None
     ) -> Iterator[Record]:
@@ -302,14 +294,6 @@ class Authority:
             if one.issuer_id == self._issuer_id
         ]
         return build_crl(signer, entries, self._ledger.next_crl_number(), at, at + CRL_LIFETIME)
-
-    def audit(self, after: int = 0) -> Iterator[tuple[int, datetime, str, dict[str, Any]]]:
-        """Stream the audit log behind a sequence number: (number, when, event, facts)."""
-        return self._ledger.audit(after)
-
-    def check(self) -> None:
-        """Read the whole ledger and raise StoreError (STORE_CORRUPT) at the first damage."""
-        self._ledger.check()
 
     @cached_property
     def _signer(self) -> Issuer:

@@ -34,7 +34,7 @@ from sqlalchemy import (
 
 from handfast.authority import schema
 from handfast.authority.records import Intent, IssuerRow, Planned, Record, Revocation, RevocationReason
-from handfast.authority.sqlite import damage, engine_for, store_errors, use_write_ahead_log
+from handfast.authority.sqlite import engine_for, store_errors, use_write_ahead_log
 from handfast.errors import IssuanceRefused, Reason, StoreError
 from handfast.pki.certificates import serial_text
 
@@ -143,13 +143,6 @@ class Ledger:
         with self._turn:
             self._connection.close()
             self._engine.dispose()
-
-    def check(self) -> None:
-        """Read all of it and raise StoreError (STORE_CORRUPT) at the first damage. Slow for a big ledger."""
-        with self._reading() as connection:
-            found = damage(connection)
-        if found is not None:
-            raise StoreError(Reason.STORE_CORRUPT, path=str(self.path), detail=found)
 
     def trust_domain(self) -> str:
         """The authority's trust domain."""
@@ -325,13 +318,6 @@ class Ledger:
             )
             page = statement.where(behind)
 
-    def certificate(self, serial: int) -> bytes | None:
-        """The DER of one certificate; None if none of this serial is known."""
-        wanted = select(schema.certificates.c.der).where(schema.certificates.c.serial == serial_text(serial))
-        with self._reading() as connection:
-            found = connection.execute(wanted).scalar_one_or_none()
-        return None if found is None else bytes(found)
-
     def revoke_serial(self, prefix: str, reason: RevocationReason, now: datetime) -> list[Revocation]:
         """Revoke the one serial that begins with `prefix` (hex), be it issued or lost; [] if there is none.
 
@@ -383,19 +369,6 @@ class Ledger:
         with self._writing() as connection:
             connection.execute(update(schema.authority).values(crl_number=schema.authority.c.crl_number + 1))
             return int(connection.execute(select(schema.authority.c.crl_number)).scalar_one())
-
-    def audit(self, after: int = 0) -> Iterator[tuple[int, datetime, str, dict[str, Any]]]:
-        """Stream the audit log behind a sequence number: (number, when, event, facts)."""
-        while True:
-            wanted = select(schema.audit).where(schema.audit.c.seq > after).order_by(schema.audit.c.seq).limit(_PAGE)
-            with self._reading() as connection:
-                entries = [
-                    (row.seq, _instant(row.at), row.event, json.loads(row.facts)) for row in connection.execute(wanted)
-                ]
-            yield from entries
-            if len(entries) < _PAGE:
-                return
-            after = entries[-1][0]
 
     def _revoke(
         self, connection: Connection, rows: Sequence[Row[Any]], reason: RevocationReason, now: datetime

@@ -46,15 +46,6 @@ def use_write_ahead_log(connection: Connection) -> None:
     connection.connection.cursor().execute("PRAGMA journal_mode=WAL")
 
 
-def damage(connection: Connection) -> str | None:
-    """Read the whole database; say what the first damage is, if there is any."""
-    found = [str(row[0]) for row in connection.exec_driver_sql("PRAGMA integrity_check(1)")]
-    if found != ["ok"]:
-        return found[0]
-    orphan = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
-    return None if orphan is None else f"a row of {orphan[0]} has no parent"
-
-
 @contextmanager
 def store_errors(path: Path) -> Iterator[None]:
     """Turn the database's errors into StoreError; what is not SQLite's passes."""

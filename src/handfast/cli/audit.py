@@ -20,6 +20,7 @@ from handfast.audit.report import render_html, render_junit, render_sarif, rende
 from handfast.audit.runner import GENTLE, Client, Means, Pace, Progress, Target, prepare, run
 from handfast.cli.auditing_insider import insider_options, own_revoker, parse_endpoint, parse_path
 from handfast.cli.auditing_local import audit_local, how_many
+from handfast.cli.clients import client_files
 from handfast.cli.output import (
     as_json_option,
     asked,
@@ -32,7 +33,7 @@ from handfast.cli.output import (
     print_json,
     state_option,
 )
-from handfast.errors import Exit, Failure, HandfastError, InvalidInput, Reason
+from handfast.errors import Exit, Failure, InvalidInput, Reason
 from handfast.files import load_key, write_public
 from handfast.pki.keys import same_key
 from handfast.pki.names import parse_dns, parse_name
@@ -204,19 +205,11 @@ def _credential(ask: _Asked, authority: TestAuthority | None) -> TestLeaf | None
         return _leaf(load_credential(ask.cert, ask.key, secret))
     if ask.cert is not None or ask.key is not None:
         raise click.UsageError("--as NAME has its own certificate and key; leave out --cert and --key, or it")
-    from handfast.cli.certificates import file_base, issue_command
-    from handfast.cli.opening import folder_of
-
-    folder = folder_of(ask.state)
-    name = parse_name(ask.as_name, "any")  # the trust domain is no part of a file's name
-    base = folder / "clients" / file_base(name)
     if authority is not None and ask.ca_key is not None:
+        parse_name(ask.as_name, "any")  # raises where it is none
         return authority.client(ask.as_name)
-    cert, key = base.with_name(f"{base.name}.crt"), base.with_name(f"{base.name}.key")
-    if not cert.exists():
-        following = issue_command(ask.as_name, base.parent)
-        raise HandfastError(Reason.CONNECT_NO_CREDENTIAL, name=ask.as_name, path=str(base.parent), next=following)
-    return _leaf(load_credential(cert, key, secret))
+    files = client_files(ask.state, ask.as_name)
+    return _leaf(load_credential(files.cert, files.key, secret))
 
 
 def _leaf(credential: Credential) -> TestLeaf:

@@ -11,7 +11,7 @@ import click
 
 from handfast.authority import Authority, Issued, Record, RevocationReason
 from handfast.cli.export import P12Options, p12_files, p12_options, p12_password, save_p12
-from handfast.cli.opening import opened
+from handfast.cli.opening import folder_of, opened
 from handfast.cli.output import as_json_option, choice, example, passphrase_option, print_json, state_option
 from handfast.cli.placing import check_places, make_folder, place_bundle, place_pair
 from handfast.files import generate_key, read_file, write_public
@@ -198,7 +198,11 @@ def revoke_(serial_or_name: str, reason: str, state: Path | None, as_json: bool)
     for one in revoked:
         click.echo(f"revoked {', '.join(one.names) or 'a certificate'} (serial {serial_text(one.serial)})")
     for names in dict.fromkeys(one.names for one in revoked if one.names):
-        click.echo(f"  next: to give it another one, on purpose: handfast issue {shlex.join(names)}")
+        command = f"handfast issue {shlex.join(names)}"
+        clients = folder_of(state) / "clients"
+        if (clients / f"{file_base(parse_name(names[0]))}.crt").exists():  # whose next one belongs in its place
+            command += f" --out {shlex.quote(str(clients))} --force"
+        click.echo(f"  next: to give it another one, on purpose: {command}")
 
 
 def guess_profile(names: tuple[Name, ...]) -> str:

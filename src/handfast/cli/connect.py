@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import click
 
+from handfast.cli.clients import client_files
 from handfast.cli.output import (
     as_json_option,
     example,
@@ -44,7 +45,7 @@ from handfast.guard.listening import bind
 from handfast.guard.places import Place, join_address, parse_address, parse_place
 from handfast.guard.service import raise_descriptor_limit
 from handfast.pki.certificates import certificate_names, label, parse_certificates
-from handfast.pki.names import Kind, Name, parse_dns, parse_name, parse_pattern
+from handfast.pki.names import Kind, Name, parse_dns, parse_pattern
 from handfast.pki.profiles import parse_lifetime
 from handfast.tls.client import ClientSettings, server_name_of
 
@@ -295,7 +296,7 @@ class _Running:
         event["renews"] = self.renewal is not None
         if isinstance(tried, Tried):
             event |= {"server": str(tried.peer.identity), "answered": tried.answered}
-            state = f"the server is {tried.peer.identity}, and did not object to our certificate"
+            state = f"the server is {tried.peer.identity}, and TLS with our certificate is done"
         elif tried is not None:
             event["unreachable"] = tried.message
             state = f"{tried.message}; going on, it may come"
@@ -374,18 +375,8 @@ def _paths(identity: Identity) -> tuple[Path, Path, Path, str]:
         return identity.cert, identity.key, identity.ca, f"handfast issue NAME, and put it in {identity.cert}"
     if identity.cert is not None or identity.key is not None:
         raise click.UsageError("--as NAME has its own certificate and key; leave out --cert and --key, or it")
-    from handfast.cli.certificates import file_base, issue_command  # not before it is needed: it loads the database
-    from handfast.cli.opening import folder_of
-
-    name, folder = identity.name, folder_of(identity.state)
-    base, clients = file_base(parse_name(name, "any")), folder / "clients"  # the trust domain is no part of a base
-    issue = issue_command(name, clients, identity.state)
-    cert, key = clients / f"{base}.crt", clients / f"{base}.key"
-    missing = [path for path in (cert, key) if not path.exists()]
-    if missing:
-        step = issue if len(missing) == 2 else f"{issue} --force"  # one of the two would be in the way
-        raise HandfastError(Reason.CONNECT_NO_CREDENTIAL, name=name, path=str(clients), next=step)
-    return cert, key, identity.ca or folder / "root.crt", f"{issue} --force"
+    files = client_files(identity.state, identity.name)
+    return files.cert, files.key, identity.ca or files.ca, files.renew
 
 
 def _renewal(identity: Identity, material: Material, passphrase_file: Path | None) -> Renewal | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from handfast.cli.clients import client_files
 from handfast.cli.look import server_address
 from handfast.cli.output import (
     as_json_option,
@@ -23,7 +24,7 @@ from handfast.cli.output import (
     print_json,
     state_option,
 )
-from handfast.errors import Exit, HandfastError, InvalidInput, Reason, Unreachable
+from handfast.errors import Exit, InvalidInput, Reason, Unreachable
 from handfast.explain.capture import MAX_CAPTURE, read_capture, write_capture
 from handfast.explain.draw import draw
 from handfast.explain.model import Explanation, Known, Result
@@ -264,25 +265,10 @@ def _own(ask: _Ask) -> _Own:
         return _Own(load_credential(ask.cert, ask.key, opens), bundle)
     if ask.as_name is None:
         return _Own(None, bundle)
-    cert, ca = _files_of(ask.as_name, ask.state)
-    if bundle is None and ca.exists():
-        bundle = load_bundle(ca)
-    return _Own(load_credential(cert, cert.with_suffix(".key"), opens), bundle)
-
-
-def _files_of(name: str, state: Path | None) -> tuple[Path, Path]:
-    """(certificate, trust bundle) that `up` keeps for a client, or that `issue` wrote here. Raises InvalidInput."""
-    from handfast.cli.certificates import file_base, issue_command  # with the ledger's library, for this option alone
-    from handfast.cli.opening import TRUST_DOMAIN, folder_of
-
-    folder, base = folder_of(state), file_base(parse_name(name, TRUST_DOMAIN))
-    here = Path(f"{base}.crt")
-    for cert, ca in ((folder / "clients" / here, folder / "root.crt"), (here, Path("ca.crt"))):
-        if cert.exists():
-            return cert, ca
-    clients = folder / "clients"
-    where = f"{clients}, nor in this folder"
-    raise HandfastError(Reason.CONNECT_NO_CREDENTIAL, name=name, path=where, next=issue_command(name, clients))
+    files = client_files(ask.state, ask.as_name, here=True)
+    if bundle is None and files.ca.exists():
+        bundle = load_bundle(files.ca)
+    return _Own(load_credential(files.cert, files.key, opens), bundle)
 
 
 # A client, waited for.

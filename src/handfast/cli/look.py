@@ -47,7 +47,7 @@ def inspect_(place: str, password_file: Path | None, as_json: bool) -> None:
     address = server_address(place)
     if address is not None:
         facts = look_at_server(*address)
-        found = describe(encode_chain(facts.chain), place)
+        found = describe(encode_chain(facts.chain), place) if facts.chain else []
         server: dict[str, object] = {
             "type": "server",
             "version": facts.version,
@@ -55,6 +55,8 @@ def inspect_(place: str, password_file: Path | None, as_json: bool) -> None:
             "group": facts.group,
             "accepted_authorities": list(facts.accepted_authorities),
         }
+        if facts.unread:
+            server["warnings"] = [f"{facts.unread} of the certificates that it shows cannot be read"]
         found.insert(0, server)
     else:
         password = None if password_file is None else read_file(password_file, "password file").strip(b"\r\n")

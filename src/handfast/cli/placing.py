@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from handfast.errors import HandfastError, Reason, StoreError
-from handfast.files import disk_errors, read_file, write_private, write_public
+from handfast.files import disk_errors, read_file, sync_folder, write_private, write_public
 
 
 def make_folder(folder: Path) -> None:
@@ -41,14 +41,22 @@ def check_places(paths: Iterable[Path], *, force: bool) -> None:
 
 
 def place_pair(key: Path, key_pem: bytes, certificate: Path, pem: bytes) -> None:
-    """Write a private key (0600) and its certificate; neither, on a disk that takes but one. Raises StoreError."""
-    staged = key.with_name(f".{key.name}.new")
+    """Write a private key (0600) and its certificate; neither, on a disk that takes but one. Raises StoreError.
+
+    Both are on the disk before either gets its name. The certificate gets it last: whoever is killed in between leaves
+    an old one, or none, and by that a renewal sees that it is due. A new one beside the old key would look done.
+    """
+    staged_key, staged = (path.with_name(f".{path.name}.new") for path in (key, certificate))
     with disk_errors(key):
         try:
-            write_private(staged, key_pem)
-            write_public(certificate, pem)
-            staged.replace(key)
+            write_private(staged_key, key_pem)
+            write_public(staged, pem)
+            staged_key.replace(key)
+            sync_folder(key.parent)  # or a power failure could swap the order
+            staged.replace(certificate)
+            sync_folder(certificate.parent)
         except BaseException:
+            staged_key.unlink(missing_ok=True)
             staged.unlink(missing_ok=True)
             raise
 

@@ -14,11 +14,12 @@ from cryptography import x509
 
 from handfast.authority import Authority, Passphrase, PassphraseFile, open_authority, usual_passphrase
 from handfast.authority.state import AskedPassphrase, Folder
+from handfast.cli.clients import ClientFiles
 from handfast.cli.output import asked, note
 from handfast.cli.placing import place_pair
-from handfast.cli.upkeep import ClientFiles, half_life, save_client
+from handfast.cli.upkeep import half_life, save_client
 from handfast.errors import HandfastError, InvalidInput, Reason, StoreError
-from handfast.files import generate_key, read_file
+from handfast.files import disk_errors, generate_key, read_file
 from handfast.pki.certificates import certificate_names, fingerprint, parse_certificates, serial_text
 from handfast.pki.issuing import Order
 from handfast.pki.keys import KeyType, encode_private_key
@@ -51,7 +52,7 @@ class Renewal:
         """Renew the certificate if it is due; return whether that was done. Raises HandfastError."""
         if not self._due(now):
             return False
-        with _alone(self.cert.parent) as mine:
+        with alone(self.cert.parent) as mine:
             if not mine or not self._due(now):  # another connector was faster
                 return False
             with open_authority(self.folder, self.passphrase) as authority:
@@ -99,13 +100,21 @@ def renewal_of(cert: Path, key: Path, folder: Path, passphrase_file: Path | None
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Hold a folder of clients for a moment; False if another process holds it."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+def alone(folder: Path) -> Iterator[bool]:
+    """Hold a folder of clients for a moment; False if another process holds it. Raises StoreError."""
+    with disk_errors(folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
-    except BlockingIOError:
-        yield False
+        with disk_errors(folder):
+            mine = _locked(descriptor)
+        yield mine
     finally:
         os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -39,6 +39,7 @@ from handfast.guard.routes import Snapshot
 from handfast.guard.sandbox import confine, drop_privileges, forbid_core_dumps, refuse_calls, runtime_paths
 from handfast.guard.schema import Config, Mode
 from handfast.guard.service import Guard, raise_descriptor_limit
+from handfast.guard.upstream import Upstreams
 from handfast.guard.workers import Plan, Worker, auto_workers, deal, supervise
 
 _ADMIN = "admin"  # what the admin socket is called among those handed over
@@ -50,6 +51,7 @@ _LOADED_LATE = (
     *("concurrent.futures.thread", "encodings.idna", "uvloop"),
     *("prometheus_client.exposition", "prometheus_client.metrics_core", "prometheus_client.registry"),
 )
+_LOADED_WITH_STATE = ("handfast.cli.feed", "importlib.metadata", "sqlalchemy.dialects.sqlite")
 
 Make = Callable[[], AbstractContextManager[Assembly]]
 Ready = Callable[[list[str]], dict[str, object]]
@@ -80,7 +82,8 @@ class Serving:
 def serve(serving: Serving) -> int:
     """Run a guard until SIGINT or SIGTERM, then drain. Raises Unreachable when it cannot listen."""
     raise_descriptor_limit()
-    log = EventLog(sys.stdout.buffer, pretty=not serving.as_json, lock=serving.log_lock)
+    index = None if serving.worker is None else serving.worker.index
+    log = EventLog(sys.stdout.buffer, pretty=not serving.as_json, lock=serving.log_lock, worker=index)
     try:
         _loop(_Process(serving, log).run())
     finally:
@@ -90,10 +93,14 @@ def serve(serving: Serving) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Telling:
-    """How a guard speaks to who started it. `ready` is told the URLs, and of apps that do not answer (to people)."""
+    """How a guard speaks to who started it. `ready` is told the URLs, and of apps that do not answer (to people).
+
+    `by_file`: whether its settings stand in a file, which remedies then name.
+    """
 
     ready: ReadyOrNot
     as_json: bool
+    by_file: bool = False
     silent: tuple[str, ...] = ()
 
     def say(self, urls: list[str]) -> dict[str, object]:
@@ -104,26 +111,40 @@ class Telling:
 def run(config: Config, make: Make, telling: Telling) -> int:
     """Run what a configuration says, until a signal ends it; return the exit code. Raises HandfastError."""
     count = config.workers or auto_workers()
-    with make() as assembly:
-        assembly.build(datetime.now(UTC))  # what is wrong is said before anything is bound
-        by_file = assembly.source is not None
-        upstreams = [] if telling.as_json else assembly.upstreams()
-    sockets = _sockets(config, count, by_file)
+    # What is wrong is said before anything is bound. But a ledger belongs to one user, who we are only then.
+    early = config.user is None or config.state is None
+    upstreams = _tried(make) if early else []
+    sockets = _sockets(config, count, telling.by_file)
     admin = sockets.get(_ADMIN, [None])[0]
     try:
-        if config.user is not None:
-            for name in _LOADED_LATE:
-                import_module(name)
-            drop_privileges(config.user, config.group)
+        become_user(config)
         forbid_core_dumps()
+        upstreams = upstreams if early else _tried(make)
     except HandfastError:
         _close(sockets)
         raise
-    telling = replace(telling, silent=tuple(silent_apps(upstreams)))
+    if not telling.as_json:
+        telling = replace(telling, silent=tuple(silent_apps(upstreams)))
     if count > 1:
         return _run_workers(config, make, telling, (count, sockets, admin))
     with _confined(config, make, alone=True) as assembly:
         return serve(_serving(assembly, sockets, telling, admin=admin))
+
+
+def become_user(config: Config) -> None:
+    """Give up root's rights, where the configuration names a user. Raises HandfastError (GUARD_PRIVILEGES)."""
+    if config.user is None:
+        return
+    for name in (*_LOADED_LATE, *(() if config.state is None else _LOADED_WITH_STATE)):
+        import_module(name)
+    drop_privileges(config.user, config.group)
+
+
+def _tried(make: Make) -> list[Upstreams]:
+    """Build once, to know that it can be done; return the apps. Raises HandfastError."""
+    with make() as assembly:
+        assembly.build(datetime.now(UTC))
+        return assembly.upstreams()
 
 
 def _run_workers(
@@ -178,6 +199,7 @@ class _Process:
         metrics = Metrics(0 if serving.worker is None else serving.worker.index)
         by_file = serving.assembly is not None and serving.assembly.source is not None
         self._guard = Guard(serving.snapshot, log, serving.drain, self._refresh, metrics, by_file=by_file)
+        self._snapshots = 0  # how many were in force
         self._stop = asyncio.Event()
         self._connections_at_stop = 0
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them weakly
@@ -241,7 +263,7 @@ class _Process:
         snapshot = None if self._serving.refresh is None else self._serving.refresh(now)
         if snapshot is not None:
             self._guard.loaded = time()
-            self._note_snapshot(snapshot)
+            self._note_snapshot()
         return snapshot
 
     def _reload(self) -> None:
@@ -282,10 +304,11 @@ class _Process:
         self._log.emit("handed_over", self._guard.now, {"pid": outcome.pid})
         self._stop.set()
 
-    def _note_snapshot(self, snapshot: Snapshot | None = None) -> None:
+    def _note_snapshot(self) -> None:
+        self._snapshots += 1
         guard, assembly = self._guard, self._serving.assembly
         ends = {} if assembly is None else {name: end.timestamp() for name, end in assembly.certificates.items()}
-        guard.metrics.set_snapshot((snapshot or guard.snapshot).generation + 1, guard.loaded, ends)
+        guard.metrics.set_snapshot(self._snapshots, guard.loaded, ends)
 
     def _state(self) -> State:
         metrics = self._guard.metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from handfast.cli.output import as_json_option, choice, example, first_line, key_passphrase_option, print_json
-from handfast.cli.running import TakenText, Telling, run
+from handfast.cli.running import TakenText, Telling, become_user, run
 from handfast.cli.starting import loose_files
 from handfast.errors import HandfastError
 from handfast.guard.assembly import Assembly, Feed
@@ -29,6 +30,7 @@ from handfast.guard.schema import (
     LogStyle,
     Mode,
     Ocsp,
+    RouteConfig,
     SiteConfig,
     TlsVersion,
 )
@@ -81,7 +83,9 @@ _file = click.Path(path_type=Path)
     callback=lambda context, _parameter, asked: _say_keys(context, asked),
     help="List the keys of a handfast.toml, and end.",
 )
-@click.option("--to", "to", metavar="TARGET", help="The app: HOST:PORT, https://…, h2c://…, unix:PATH or tcp://…")
+@click.option(
+    "--to", "to", metavar="TARGET", help="The app: HOST:PORT, h2c://…, unix:PATH or tcp://…; https:// needs a file."
+)
 @click.option("--cert", type=_file, help="The server's certificate and chain.")
 @click.option("--key", type=_file, help="The server's private key.")
 @click.option("--client-ca", type=_file, help="The authorities of the clients.")
@@ -131,11 +135,14 @@ def _guard(config: Config, file: Path | None, check: bool, as_json: bool) -> int
             yield Assembly(config, first_line, file, feed, config.workers or auto_workers(), minter, taken)
 
     if check:
+        if os.geteuid() == 0:
+            become_user(config)  # who must be able to read it all
         with make() as assembly:
             assembly.build(datetime.now(UTC))
         _say_checked(config, as_json)
         return 0
-    return run(config, make, Telling(partial(_ready, config, loose_files(config, file), as_json), as_json))
+    ready = partial(_ready, config, loose_files(config, file), as_json)
+    return run(config, make, Telling(ready, as_json, by_file=file is not None))
 
 
 @contextmanager
@@ -226,16 +233,16 @@ def _ready(
 ) -> dict[str, object]:
     shown, warnings = [], [*loose, *silent]
     for url, listener in zip(urls, config.listeners, strict=True):
-        sites = [_shown(site) for site in listener.all_sites]
+        sites = [_shown(config, site) for site in listener.all_sites]
         first = {"to": sites[0]["to"], "allow": sites[0]["allow"]}
         shown.append({"name": listener.name, "url": url, **first, "sites": sites})
         if not as_json:
             for site, said in zip(listener.all_sites, sites, strict=True):
                 names = f" for {', '.join(site.names)}" if site.names else ""
                 say(f"{url}{names}", said["to"], said["allow"] if _has_rules(site) else [_everyone(config, site)])
-                for route in site.routes:
-                    methods = f"{','.join(route.methods)} " if route.methods else ""
-                    click.echo(f"  {methods}{route.path} to {route.to or site.to}")
+                for route in said["routes"]:
+                    methods = f"{','.join(route['methods'])} " if route["methods"] else ""
+                    click.echo(f"  {methods}{route['path']} to {route['to']}: {route['who']}")
     if not as_json:
         _warn(warnings)
         click.echo("Ctrl-C stops it\n")
@@ -243,13 +250,27 @@ def _ready(
     return {"listeners": shown, **first, "warnings": warnings}
 
 
-def _shown(site: SiteConfig) -> dict[str, Any]:
+def _shown(config: Config, site: SiteConfig) -> dict[str, Any]:
     """What is said of a site."""
     to = site.to or ", ".join(dict.fromkeys(route.to for route in site.routes if route.to))
     rules = [rule if rule.startswith(("allow ", "deny ")) else f"allow {rule}" for rule in site.allow]
     if site.allow_file is not None:
         rules.append(f"the rules in {site.allow_file}")
-    return {"names": site.names, "to": to, "allow": rules or ["allow any"]}
+    routes = [
+        {"path": route.path, "methods": route.methods, "to": route.to or site.to, "who": _who(config, site, route)}
+        for route in site.routes
+    ]
+    return {"names": site.names, "to": to, "allow": rules or ["allow any"], "routes": routes}
+
+
+def _who(config: Config, site: SiteConfig, route: RouteConfig) -> str:
+    """Whom a route lets through."""
+    if (route.client_auth or site.client_auth) is not ClientAuth.REQUIRED:
+        return "everyone"
+    rules = route.allow if route.allow is not None else site.allow
+    if rules or (route.allow is None and site.allow_file is not None):
+        return ", ".join(rules) or f"the rules in {site.allow_file}"
+    return f"every client with a certificate of {site.client_ca or config.state}"
 
 
 def _has_rules(site: SiteConfig) -> bool:

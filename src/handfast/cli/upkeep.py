@@ -13,9 +13,11 @@ from pathlib import Path
 from cryptography import x509
 
 from handfast.authority import Authority, Issued
+from handfast.cli.clients import ClientFiles
 from handfast.cli.output import first_line
+from handfast.cli.placing import place_pair
 from handfast.errors import HandfastError, InvalidInput, Reason, StoreError
-from handfast.files import generate_key, make_private_folder, read_file, write_private, write_public
+from handfast.files import generate_key, make_private_folder, read_file, write_private
 from handfast.guard.assembly import caller_of
 from handfast.guard.routes import Snapshot, one_site
 from handfast.guard.schema import UpstreamConfig
@@ -33,34 +35,6 @@ from handfast.tls.server import ServerContext, ServerSettings
 
 LISTENER = "main"  # what the one listener of `up` is called
 _PAUSE = timedelta(seconds=60)  # between two attempts to renew one certificate; each is a row in the ledger
-
-
-@dataclass(frozen=True, slots=True)
-class ClientFiles:
-    """Where a client's certificate, key and PKCS#12 file are, and the password of the last."""
-
-    name: Name
-    base: Path
-
-    @property
-    def cert(self) -> Path:
-        """The certificate and its chain, PEM."""
-        return self.base.with_name(self.base.name + ".crt")
-
-    @property
-    def key(self) -> Path:
-        """The private key, PEM, mode 0600."""
-        return self.base.with_name(self.base.name + ".key")
-
-    @property
-    def p12(self) -> Path:
-        """Key and chain for a browser, mode 0600."""
-        return self.base.with_name(self.base.name + ".p12")
-
-    @property
-    def p12_password(self) -> Path:
-        """The password of the PKCS#12 file, mode 0600."""
-        return self.base.with_name(self.base.name + ".p12.password")
 
 
 @dataclass(slots=True)
@@ -180,7 +154,7 @@ class Upkeep:
 def save_client(client: ClientFiles, key: PrivateKey, chain: tuple[x509.Certificate, ...]) -> None:
     """Write a client's files; the password of its PKCS#12 file is kept if there is one.
 
-    The certificate comes last: one that fits the key beside it says that all was written. Raises StoreError.
+    The pair comes last, for by its certificate it is seen whether all was written. Raises StoreError.
     """
     make_private_folder(client.base.parent)
     if client.p12_password.exists():
@@ -189,8 +163,7 @@ def save_client(client: ClientFiles, key: PrivateKey, chain: tuple[x509.Certific
         password = secrets.token_urlsafe(15).encode()
         write_private(client.p12_password, password + b"\n")
     write_private(client.p12, encode_p12(client.base.name, key, chain, password))
-    write_private(client.key, encode_private_key(key))
-    write_public(client.cert, encode_chain(chain))
+    place_pair(client.key, encode_private_key(key), client.cert, encode_chain(chain))
 
 
 def _is_in_p12(leaf: x509.Certificate, client: ClientFiles) -> bool:

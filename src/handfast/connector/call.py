@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
-import struct
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,11 +16,11 @@ from typing import Protocol, cast
 from handfast.connector.words import Own, Verdict, broken, silent, unreachable, untrusted
 from handfast.errors import Failure, Reason, VerificationFailed
 from handfast.guard.places import join_address, no_way
+from handfast.guard.transports import reset, tell
 from handfast.pki.verification import VerifiedPeer
 from handfast.tls.channel import Channel, TlsBroken
 from handfast.tls.client import ClientContext, ServerFacts
 
-_RESET = struct.pack("ii", 1, 0)  # socket(7): with a linger time of zero, close sends RST
 _YOUNG = 5.0  # seconds: a server that closes sooner than that did not simply tire of waiting
 
 
@@ -108,12 +105,12 @@ class Call(asyncio.Protocol):
             return
         self._channel.feed(data)
         if (owner := self.owner) is not None:
-            _tell(owner, owner.call_moved)
+            tell(owner.call_bug, owner.call_moved)
 
     def eof_received(self) -> bool:
         """See asyncio.Protocol. True: our side may go on; whoever owns the call decides."""
         if (owner := self.owner) is not None:
-            _tell(owner, lambda: owner.call_ended(lost=False))
+            tell(owner.call_bug, owner.call_ended, lost=False)
         self._fail(broken(Failure(Reason.TLS_CLOSED), self.generation.own, (), datetime.now(UTC)))
         return self.owner is not None
 
@@ -125,17 +122,17 @@ class Call(asyncio.Protocol):
             return
         if exc is not None and self._channel is not None and (rest := _left_in(self.transport)):
             self._channel.feed(rest)
-        _tell(owner, lambda: owner.call_ended(lost=True))
+        tell(owner.call_bug, owner.call_ended, lost=True)
 
     def pause_writing(self) -> None:
         """See asyncio.Protocol."""
         if (owner := self.owner) is not None:
-            _tell(owner, lambda: owner.call_writable(False))
+            tell(owner.call_bug, owner.call_writable, False)
 
     def resume_writing(self) -> None:
         """See asyncio.Protocol."""
         if (owner := self.owner) is not None:
-            _tell(owner, lambda: owner.call_writable(True))
+            tell(owner.call_bug, owner.call_writable, True)
 
     # What owners call, once the call is ready.
 
@@ -153,8 +150,13 @@ class Call(asyncio.Protocol):
 
     @property
     def usable(self) -> bool:
-        """Whether it is still open, as far as we know."""
-        return self._channel is not None and not self.transport.is_closing()
+        """Whether it is still open, as far as we know, and the server's certificate good."""
+        return self._channel is not None and not self.transport.is_closing() and not self.expired
+
+    @property
+    def expired(self) -> bool:
+        """Whether the server's certificate, or one above it, has ended: nothing more may go either way."""
+        return datetime.now(UTC) >= self.peer.not_after
 
     @property
     def young(self) -> bool:
@@ -225,6 +227,8 @@ class Call(asyncio.Protocol):
             return
         try:
             channel = self._handshake.feed(records)
+            if channel is not None:
+                self._peer, self._facts = self._handshake.peer, self._handshake.facts
         except VerificationFailed as refused:
             self._fail(untrusted(refused.failures))
         except TlsBroken as error:
@@ -233,7 +237,6 @@ class Call(asyncio.Protocol):
             self.ready.set_exception(bug)
         else:
             if channel is not None:
-                self._peer, self._facts = self._handshake.peer, self._handshake.facts
                 self._channel = channel
                 self.ready_at = monotonic()
                 if not self.ready.done():
@@ -334,15 +337,6 @@ async def try_out(route: Route, generation: Generation) -> Tried:
         call.close()
 
 
-def reset(transport: asyncio.Transport) -> None:
-    """Close at once, with a reset where the kind of socket has one: the peer must not take it for a quiet end."""
-    plug = transport.get_extra_info("socket")
-    if plug is not None and plug.family != getattr(socket, "AF_UNIX", None):
-        with suppress(OSError):
-            plug.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-    transport.abort()
-
-
 def _left_in(transport: asyncio.Transport) -> bytes:
     """What the kernel still holds of a connection that is lost.
 
@@ -354,10 +348,3 @@ def _left_in(transport: asyncio.Transport) -> bytes:
         return os.read(plug.fileno(), 1 << 16) if plug is not None else b""
     except OSError:
         return b""
-
-
-def _tell(owner: Owner, what: Callable[[], None]) -> None:
-    try:
-        what()
-    except Exception as bug:
-        owner.call_bug(bug)

@@ -24,10 +24,11 @@ from enum import Enum
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
 
-from handfast.connector.call import Call, CallFailed, reset
+from handfast.connector.call import Call, CallFailed
 from handfast.connector.words import Verdict
 from handfast.errors import Failure, Reason
 from handfast.guard.events import refusal_body, told
+from handfast.guard.transports import LINGER, LINGER_BYTES, reset, was_reset
 from handfast.tls.channel import TlsBroken
 from handfast.wire.http1 import plain_response
 
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 MAX_HELD = 1 << 16  # bytes taken from a local client before there is a call
 HEARING = 0.5  # seconds that a refused client has for the first bytes by which we see whether it speaks HTTP
-LINGER = 2.0  # seconds for it to read the answer
-LINGER_BYTES = 1 << 18  # and what it may send meanwhile
 _HTTP = re.compile(rb"[A-Z]{3,20} [!-~]{1,8000} HTTP/1\.[01]\r?\n")
 _MAY_BE_HTTP = re.compile(rb"[A-Z]{0,20}|[A-Z]{3,20} [!-~]{0,8000}( [HTP/1.0\r]{0,9})?")
 _NEVER = float("inf")
@@ -239,7 +238,7 @@ class Local(asyncio.Protocol):
             self._broken(error.failure)
 
     def _ended(self) -> None:
-        if self._phase in (Phase.OPEN, Phase.SEEKING) and _was_reset(self.transport):
+        if self._phase in (Phase.OPEN, Phase.SEEKING) and was_reset(self.transport):
             self._end("cut", cut=True, failure=Failure(Reason.CONNECT_CUT, {"who": "the local side"}))
             return
         self._asked = True
@@ -395,6 +394,10 @@ class Local(asyncio.Protocol):
         if moment - self._moved >= limits.idle:
             self._end("idle", cut=True, failure=Failure(Reason.ENDED_IDLE, {"limit": f"{limits.idle:g}"}))
             return
+        if self._call.expired:
+            failure = Failure(Reason.ENDED_EXPIRED, {"remedy": "renew the server's certificate"})
+            self._end("expired", cut=True, failure=failure)
+            return
         leaf = self._call.generation.own.chain[0]
         if not self._expiry_told and self._connector.now >= leaf.not_valid_after_utc:
             self._expiry_told = True
@@ -415,12 +418,6 @@ class Local(asyncio.Protocol):
             return
         failure = Failure(Reason.BUG, {"detail": f"{type(bug).__name__}: {bug}"[:200]})
         self._end("bug", cut=True, failure=failure)
-
-
-def _was_reset(transport: asyncio.Transport) -> bool:
-    """Whether an end is none: libuv tells of a reset that comes together with bytes as of an end after them."""
-    plug = transport.get_extra_info("socket")
-    return plug is not None and plug.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
 
 
 def peer_of(plug: socket.socket) -> tuple[int, int] | None:

@@ -1,6 +1,7 @@
 """Calls kept ready: finished handshakes, idle, few, none older than a minute, each used once.
 
-A call that is refused or dies while it waits is replaced, after a pause that grows while it happens again.
+A call that is refused or dies while it waits is replaced, after a pause that grows while it happens again. None is
+handed out, nor kept, once the server's certificate has ended.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from time import monotonic
 
 from handfast.connector.call import Call, CallFailed
 from handfast.connector.words import Verdict
+from handfast.errors import Failure, Reason
+from handfast.guard.transports import tell
 from handfast.tls.channel import TlsBroken
 
 # Seconds that a call may wait. The limit is a minute, at which servers such as nginx (client_header_timeout) end a
@@ -24,11 +27,11 @@ _PAUSES = (0.5, 30.0)  # seconds, shortest and longest
 
 @dataclass(slots=True)
 class Pool:
-    """`size` calls kept ready; 0 keeps none. `told` hears why one could not be had."""
+    """`size` calls kept ready; 0 keeps none. `told` hears why one could not be had: a Failure is a bug of ours."""
 
     dial: Callable[[], Awaitable[Call]]
     size: int
-    told: Callable[[Verdict], None]
+    told: Callable[[Verdict | Failure], None]
     _waiting: deque[_Waiting] = field(default_factory=deque)
     _dialling: set[asyncio.Task[None]] = field(default_factory=set)
     _pause: float = 0.0
@@ -63,9 +66,12 @@ class Pool:
             task.add_done_callback(self._dialling.discard)
 
     def tick(self, moment: float) -> None:
-        """Replace what has waited too long; fill up. `moment` is on the clock of `monotonic`."""
+        """Replace what has waited too long or is not to be trusted any more; fill up.
+
+        `moment` is on the clock of `monotonic`.
+        """
         for waiting in list(self._waiting):
-            if moment - waiting.call.ready_at >= MAX_AGE:
+            if moment - waiting.call.ready_at >= MAX_AGE or waiting.call.expired:
                 self._waiting.remove(waiting)
                 waiting.call.close()
         self.fill()
@@ -83,18 +89,18 @@ class Pool:
         self._closed = True
         self.flush()
 
-    def died(self, waiting: _Waiting, verdict: Verdict | None) -> None:
-        """A call that waits has ended; `verdict`: it was refused."""
+    def died(self, waiting: _Waiting, why: Verdict | Failure | None) -> None:
+        """A call that waits has ended; `why`: it was refused, or a bug of ours ended it."""
         if waiting not in self._waiting:
             return
         self._waiting.remove(waiting)
         waiting.call.close()
-        if verdict is not None or waiting.call.young:
+        if why is not None or waiting.call.young:
             self._rest()
         else:
             self._pause = 0.0
-        if verdict is not None:
-            self.told(verdict)
+        if why is not None:
+            self.told(why)
 
     async def _add(self) -> None:
         try:
@@ -103,13 +109,17 @@ class Pool:
             self._rest()
             self.told(failed.verdict)
             return
+        except Exception as bug:  # ours; it is said, and the server not pressed by it
+            self._rest()
+            self.told(_bug(bug))
+            return
         if self._closed or len(self._waiting) >= self.size:
             call.close()
             return
         waiting = _Waiting(call, self)
         self._waiting.append(waiting)
         call.owner = waiting
-        waiting.call_moved()  # what came along with the end of the handshake
+        tell(waiting.call_bug, waiting.call_moved)  # what came along with the end of the handshake
 
     def _rest(self) -> None:
         shortest, longest = _PAUSES
@@ -143,4 +153,8 @@ class _Waiting:
         pass
 
     def call_bug(self, bug: Exception) -> None:
-        self.pool.died(self, None)
+        self.pool.died(self, _bug(bug))
+
+
+def _bug(bug: Exception) -> Failure:
+    return Failure(Reason.BUG, {"detail": f"{type(bug).__name__}: {bug}"[:200]})

@@ -223,7 +223,8 @@ class Connector:
             case None:
                 pass
 
-    def _pool_failed(self, verdict: Verdict) -> None:
-        if verdict.cause != self._pool_cause:  # said once for each cause
-            self._pool_cause = verdict.cause
-            self.event("pool", verdict.fields())
+    def _pool_failed(self, why: Verdict | Failure) -> None:
+        cause, fields = (why.message, told(why)) if isinstance(why, Failure) else (why.cause, why.fields())
+        if cause != self._pool_cause:  # said once for each cause
+            self._pool_cause = cause
+            self.event("pool", fields)

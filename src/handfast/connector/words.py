@@ -1,7 +1,7 @@
-"""What a server's refusal means, in words: what happened, whose fault it is, what to do.
+"""What a server's refusal means, in the words of a call: what happened, who must act, what to do.
 
-A server that refuses says little: one alert, or nothing. The rest is found by looking at our own certificate as the
-server would. Pure: `now` is an argument. It explains, and never decides whether anything goes on.
+A server that refuses says little: one alert, or nothing. What that means is `explain`'s to say; what speaks of calls,
+and of the command that made them, is said here. Pure: `now` is an argument. It never decides whether anything goes on.
 """
 
 from __future__ import annotations
@@ -9,23 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from enum import StrEnum
 
 from cryptography import x509
-from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from handfast.errors import Failure, Reason
+from handfast.explain.advice import advice_for
+from handfast.explain.chain import own_faults
+from handfast.explain.model import Sure, Who
+from handfast.explain.refusals import Shown, certificate_cause, is_about_certificate, weighed
 from handfast.pki.certificates import label
+from handfast.pki.verification import Purpose
 from handfast.wire.alerts import Alert
-
-
-class Fault(StrEnum):
-    """Who has to act."""
-
-    OURS = "ours"
-    THEIRS = "the server's"
-    NETWORK = "the network's"
-    EITHER = "ours or the server's"
+from handfast.wire.records import Side
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,37 +36,29 @@ class Verdict:
     """Why a call failed. `cause` is the alert's name or the code of a reason: stable, for scripts."""
 
     failure: Failure
-    fault: Fault
+    who: Who
     cause: str
 
     def fields(self) -> dict[str, object]:
         """As fields of an event."""
         failure = self.failure
-        told: dict[str, object] = {"reason": failure.reason.code, "cause": self.cause, "fault": str(self.fault)}
+        told: dict[str, object] = {"reason": failure.reason.code, "cause": self.cause, "fault": str(self.who)}
         return told | {"detail": failure.message, "remedy": failure.hint or None}
-
-
-@dataclass(frozen=True, slots=True)
-class _Trouble:
-    """Something wrong with our own certificate that a server would refuse it for."""
-
-    alerts: frozenset[Alert]  # those that a server gives for it
-    detail: str
-    next: str
 
 
 def refused(alert: str, own: Own, accepted: Sequence[str], now: datetime) -> Verdict:
     """Explain an alert (its name in the RFCs) that a server gave us. `accepted`: the authorities that it named."""
     known = next((one for one in Alert if one.wire_name == alert), None)
     if known is None:
-        detail = f"it gave the alert {alert}"
-        return _verdict(Reason.CONNECT_HANDSHAKE, Fault.EITHER, alert, detail, "see the server's own log")
-    if known in _ABOUT_US:
-        return _of_certificate(known, own, accepted, now)
-    detail, fault, following = _OTHERWISE.get(
-        known, (f"it says: {known.meaning} ({known.wire_name})", Fault.EITHER, f"look for this: {known.cause}")
+        return _verdict(Reason.CONNECT_HANDSHAKE, Who.SERVER, alert, f"it gave the alert {alert}", _ITS_LOG)
+    ours = _ours(own, accepted, now)
+    parameters = known is Alert.HANDSHAKE_FAILURE and not ours.shown.troubles  # which it says in the first place
+    if is_about_certificate(known.number, shown=not parameters):
+        return _of_certificate(known, ours)
+    detail, who, following = _OF_CALLS.get(
+        known, (f"it says: {known.meaning} ({known.wire_name})", Who.SERVER, f"look for this: {known.cause}")
     )
-    return _verdict(Reason.CONNECT_HANDSHAKE, fault, alert, detail, following)
+    return _verdict(Reason.CONNECT_HANDSHAKE, who, alert, detail, following)
 
 
 def broken(failure: Failure, own: Own, accepted: Sequence[str], now: datetime) -> Verdict:
@@ -82,34 +69,32 @@ def broken(failure: Failure, own: Own, accepted: Sequence[str], now: datetime) -
             return refused(str(failure.facts.get("alert", "")), own, accepted, now)
         case Reason.TLS_NOT_TLS | Reason.TLS_PLAIN_HTTP:
             detail, following = "what answers there does not speak TLS", "check the port in --to"
-            return _verdict(Reason.CONNECT_HANDSHAKE, Fault.EITHER, code, detail, following)
+            return _verdict(Reason.CONNECT_HANDSHAKE, Who.CALLER, code, detail, following)
         case Reason.TLS_VERSION:
-            detail, fault, following = _OTHERWISE[Alert.PROTOCOL_VERSION]
-            return _verdict(Reason.CONNECT_HANDSHAKE, fault, code, detail, following)
+            detail, who, following = _OF_CALLS[Alert.PROTOCOL_VERSION]
+            return _verdict(Reason.CONNECT_HANDSHAKE, who, code, detail, following)
         case Reason.TLS_BAD_PROOF:
-            detail = "it could not prove that it holds its certificate's key"
-            return _verdict(Reason.CONNECT_UNTRUSTED, Fault.THEIRS, code, detail, "give the server its own key")
+            advice = advice_for(failure.reason, Side.SERVER)
+            return _verdict(Reason.CONNECT_UNTRUSTED, advice.who, code, advice.what, _clause(advice.todo))
         case Reason.TLS_CLOSED:
             return closed_early(now, own)
         case Reason.TLS_TIMEOUT:
             detail = f"it did not finish the handshake in {failure.facts.get('limit'):g} s"
-            return _verdict(Reason.CONNECT_HANDSHAKE, Fault.THEIRS, code, detail, "see the server's own log")
+            return _verdict(Reason.CONNECT_HANDSHAKE, Who.SERVER, code, detail, _ITS_LOG)
         case Reason.TLS_NO_COMMON:
             detail = f"we share no {failure.facts.get('what')} with it"
-            return _verdict(Reason.CONNECT_HANDSHAKE, Fault.EITHER, code, detail, "see: handfast inspect HOST:PORT")
-    return _verdict(Reason.CONNECT_HANDSHAKE, Fault.EITHER, code, failure.message, "see the server's own log")
+            return _verdict(Reason.CONNECT_HANDSHAKE, Who.SERVER, code, detail, "see: handfast inspect HOST:PORT")
+    return _verdict(Reason.CONNECT_HANDSHAKE, Who.SERVER, code, failure.message, _ITS_LOG)
 
 
 def closed_early(now: datetime, own: Own) -> Verdict:
     """Explain a server that closed within the handshake, without an alert."""
-    detail = "it closed the connection within the handshake"
-    troubles = _troubles(own, (), now)
-    if troubles:  # TLS 1.2: our certificate goes out before the handshake is done
-        detail += f"; our certificate may be why: {troubles[0].detail}"
-        return _verdict(Reason.CONNECT_HANDSHAKE, Fault.OURS, Reason.TLS_CLOSED.code, detail, troubles[0].next)
-    return _verdict(
-        Reason.CONNECT_HANDSHAKE, Fault.THEIRS, Reason.TLS_CLOSED.code, detail, "is the port in --to the right one?"
-    )
+    detail, code = "it closed the connection within the handshake", Reason.TLS_CLOSED.code
+    ours = _ours(own, (), now)
+    if ours.shown.troubles:  # TLS 1.2: our certificate goes out before the handshake is done
+        detail += f"; our certificate may be why: {ours.suspected('it')}"
+        return ours.verdict(Reason.CONNECT_HANDSHAKE, ours.shown.troubles[0], code, detail)
+    return _verdict(Reason.CONNECT_HANDSHAKE, Who.CALLER, code, detail, "is the port in --to the right one?")
 
 
 def silent(own: Own, accepted: Sequence[str], now: datetime, *, cut: bool) -> Verdict:
@@ -117,27 +102,28 @@ def silent(own: Own, accepted: Sequence[str], now: datetime, *, cut: bool) -> Ve
 
     So closes one whose rules allow us nothing, and one whose alert was lost on the way. `cut`: without close_notify.
     """
-    cause = "cut" if cut else "closed"
-    troubles = _troubles(own, accepted, now)
-    if troubles:
-        detail = f"it gave no reason; the likely one is that {_of_ours(troubles[0].detail)}"
-        return _verdict(Reason.CONNECT_SILENT, Fault.OURS, cause, detail, troubles[0].next)
+    code = "cut" if cut else "closed"
+    ours = _ours(own, accepted, now)
+    if ours.shown.troubles:
+        detail = f"it gave no reason; the likely one is that {ours.suspected(_BY_NAME)}"
+        return ours.verdict(Reason.CONNECT_SILENT, ours.shown.troubles[0], code, detail)
     detail = f"it gave no reason; by our clock nothing is wrong with our certificate, {label(own.chain[0])}"
     following = "see the server's own log: does a rule allow this name?"
-    return _verdict(Reason.CONNECT_SILENT, Fault.THEIRS, cause, detail, following)
+    return _verdict(Reason.CONNECT_SILENT, Who.SERVER, code, detail, following)
 
 
 def untrusted(failures: Sequence[Failure]) -> Verdict:
     """Explain a server that we refused. The first failure is the one that tells most."""
     first = failures[0]
-    fault, following = _SERVER_FAULTS.get(first.reason, (Fault.THEIRS, "give the server a certificate that is good"))
-    return _verdict(Reason.CONNECT_UNTRUSTED, fault, first.reason.code, first.message, following)
+    advice = advice_for(first.reason, Side.SERVER)
+    who, following = _OF_SERVERS.get(first.reason, (advice.who, _clause(advice.todo)))
+    return _verdict(Reason.CONNECT_UNTRUSTED, who, first.reason.code, first.message, following)
 
 
 def unreachable(target: str, detail: str) -> Verdict:
     """Explain a server to which there is no connection."""
     following = f"is it running, and is {target} its address?"
-    return _verdict(Reason.CONNECT_UNREACHABLE, Fault.NETWORK, "unreachable", f"{target}: {detail}", following)
+    return _verdict(Reason.CONNECT_UNREACHABLE, Who.NETWORK, "unreachable", f"{target}: {detail}", following)
 
 
 def span(length: timedelta) -> str:
@@ -150,163 +136,137 @@ def span(length: timedelta) -> str:
     return "0 seconds"
 
 
-_ABOUT_US = frozenset(
-    {
-        *(Alert.BAD_CERTIFICATE, Alert.UNSUPPORTED_CERTIFICATE, Alert.CERTIFICATE_REVOKED, Alert.CERTIFICATE_EXPIRED),
-        *(Alert.CERTIFICATE_UNKNOWN, Alert.UNKNOWN_CA, Alert.ACCESS_DENIED, Alert.DECRYPT_ERROR),
-        *(Alert.CERTIFICATE_REQUIRED, Alert.NO_CERTIFICATE, Alert.HANDSHAKE_FAILURE),
-    }
-)
-_OTHERWISE = {
+_BY_NAME = "our certificate"  # in a sentence that is not about it already
+_ITS_LOG = "see the server's own log"
+_MOST_NAMED = 3
+# Alerts that are about the call: in words, who must act, and what to change.
+_OF_CALLS = {
     Alert.PROTOCOL_VERSION: (
         "it speaks no TLS 1.3",
-        Fault.THEIRS,
+        Who.SERVER,
         "let it speak TLS 1.3; or, if it cannot, allow the older one: --tls-min 1.2",
     ),
     Alert.UNRECOGNIZED_NAME: (
         "it has no site by the name that we asked for",
-        Fault.OURS,
+        Who.CALLER,
         "ask for one that it has: --sni NAME",
     ),
     Alert.NO_APPLICATION_PROTOCOL: (
         "it wants an application protocol (ALPN) to be named, and the connector names none",
-        Fault.EITHER,
+        Who.SERVER,
         "let the server take connections without ALPN",
     ),
-    Alert.INTERNAL_ERROR: ("it failed in itself (internal_error)", Fault.THEIRS, "see the server's own log"),
+    Alert.INTERNAL_ERROR: ("it failed in itself (internal_error)", Who.SERVER, _ITS_LOG),
 }
-# What is wrong with a server, whose fault that is, and what to do.
-_SERVER_FAULTS = {
+# A server that we refuse, where the call itself may be wrong: who must act, and what to change.
+_OF_SERVERS = {
     Reason.VERIFY_NAME_MISMATCH: (
-        Fault.EITHER,
+        Who.CALLER,
         "call it by a name that its certificate has (--to, --sni), or say which identity to expect: --expect PATTERN",
     ),
     Reason.VERIFY_UNKNOWN_ISSUER: (
-        Fault.EITHER,
+        Who.CALLER,
         "trust its authority with --ca F, if it is the right server; its address may lead to another one",
     ),
-    Reason.VERIFY_BAD_SIGNATURE: (Fault.THEIRS, "do not go on: somebody may stand between you and the server"),
-    Reason.VERIFY_EXPIRED: (Fault.THEIRS, "renew the server's certificate"),
-    Reason.VERIFY_NOT_YET_VALID: (Fault.EITHER, "compare the clocks of both machines"),
-    Reason.VERIFY_TRUST_DOMAIN: (Fault.EITHER, "give the bundle of the server's own trust domain: --ca F"),
-    Reason.VERIFY_NO_EKU: (Fault.THEIRS, "reissue the server's certificate with serverAuth"),
-    Reason.VERIFY_PURPOSE: (Fault.THEIRS, "give the server a certificate for servers, with serverAuth"),
+    Reason.VERIFY_BAD_SIGNATURE: (Who.SERVER, "do not go on: somebody may stand between you and the server"),
+    Reason.VERIFY_TRUST_DOMAIN: (Who.CALLER, "give the bundle of the server's own trust domain: --ca F"),
 }
 
 
-def _of_certificate(alert: Alert, own: Own, accepted: Sequence[str], now: datetime) -> Verdict:
-    """An alert that is, or may be, about our certificate: by what is wrong with it, else by what the alert says."""
-    cause, troubles = alert.wire_name, _troubles(own, accepted, now)
-    fitting = next((one for one in troubles if alert in one.alerts), None)
-    if fitting is not None:
-        return _verdict(Reason.CONNECT_REFUSED, Fault.OURS, cause, fitting.detail, fitting.next)
-    until = f"{own.chain[0].not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
-    detail, fault, following = {
-        Alert.CERTIFICATE_EXPIRED: (
-            f"it says that it has expired, and by our clock it is good until {until}",
-            Fault.EITHER,
-            "compare the clocks of both machines",
-        ),
-        Alert.CERTIFICATE_REVOKED: ("it was revoked", Fault.OURS, f"if that was a mistake, run: {own.renew}"),
-        Alert.UNKNOWN_CA: (
-            f"it does not know the authority that issued it, {_issuer(own)}{_naming(accepted)}",
-            Fault.EITHER,
-            "use a certificate of an authority that the server accepts, or add ours to the server's bundle",
-        ),
-        Alert.CERTIFICATE_REQUIRED: (
-            "it saw none that it could use: our key may be of a kind that it does not take",
-            Fault.EITHER,
-            "issue a P-256 one",
-        ),
-        Alert.ACCESS_DENIED: (
-            f"no rule of the server allows {label(own.chain[0])}",
-            Fault.EITHER,
-            "have the server allow this name, or call as another: --as NAME",
-        ),
-        Alert.DECRYPT_ERROR: (
-            "our proof that we hold its key did not verify",
-            Fault.OURS,
-            f"do certificate and key belong together? run: {own.renew}",
-        ),
-        Alert.UNSUPPORTED_CERTIFICATE: (
-            "it is of a kind that the server does not take, though it is a client's",
-            Fault.EITHER,
-            "see the server's own log: it may want another key type or key usage",
-        ),
-        Alert.BAD_CERTIFICATE: (
-            "something in it is not to the server's liking, or by its clock it is not valid yet",
-            Fault.EITHER,
-            "compare the clocks, and see the server's own log",
-        ),
-        Alert.CERTIFICATE_UNKNOWN: (
-            "for a reason that has no alert of its own, such as the names that its issuer may vouch for",
-            Fault.EITHER,
-            "see the server's own log",
-        ),
-    }.get(alert, (f"it says: {alert.meaning}", Fault.EITHER, f"look for this: {alert.cause}"))
-    if troubles and fault is Fault.EITHER:  # not what the alert says, but wrong all the same
-        detail, following = f"{detail}; besides, {_of_ours(troubles[0].detail)}", troubles[0].next
-    return _verdict(Reason.CONNECT_REFUSED, fault, cause, detail, following)
+@dataclass(frozen=True, slots=True)
+class _Ours:
+    """Our certificate as a server sees it. `accepted`: the authorities that the server named."""
+
+    own: Own
+    shown: Shown
+    accepted: Sequence[str]
+    now: datetime
+
+    def told(self, failure: Failure, it: str = "it") -> str:
+        """What is wrong, as a clause about our certificate, which is called `it`: its own facts, where they tell it."""
+        facts, what = failure.facts, advice_for(failure.reason, Side.CLIENT, it).what
+        subject = facts.get("subject")
+        which = it if subject == label(self.own.chain[0]) else f"an authority above {it}, {subject},"
+        match failure.reason:
+            case Reason.VERIFY_EXPIRED:
+                return f"{which} expired {span(self.now - facts['not_after'])} ago"
+            case Reason.VERIFY_NOT_YET_VALID:
+                return f"{which} is not valid yet; it will be in {span(facts['not_before'] - self.now)}"
+            case Reason.VERIFY_UNKNOWN_ISSUER:
+                return f"{what}, {facts['issuer']}{_naming(self.accepted)}"
+            case Reason.SEEN_REFUSED:
+                return "it does not say why"
+        return failure.message if failure in self.shown.faults else what
+
+    def suspected(self, it: str) -> str:
+        """What a server that says nothing most likely minds: our own fact first, then what a renewal would not mend."""
+        gravest, *others = self.shown.troubles
+        if gravest in self.shown.faults or not others:
+            return self.told(gravest, it)
+        return f"{self.told(others[0], it)}; besides, {self.told(gravest, _BY_NAME)}"
+
+    def verdict(self, reason: Reason, mended: Failure, cause: str, detail: str) -> Verdict:
+        """A verdict whose next step mends one failure."""
+        who = advice_for(mended.reason, Side.CLIENT).who
+        return _verdict(reason, who, cause, detail, self._following(mended))
+
+    def _following(self, failure: Failure) -> str:
+        advice, renew = advice_for(failure.reason, Side.CLIENT, _BY_NAME), self.own.renew
+        todo = _clause(advice.todo)
+        match failure.reason:
+            case Reason.VERIFY_EXPIRED | Reason.TLS_BAD_PROOF:
+                return f"run: {renew}"
+            case Reason.VERIFY_NO_CERTIFICATE:
+                return f"use one with a P-256 key; run: {renew}"
+            case Reason.VERIFY_PURPOSE | Reason.VERIFY_NO_EKU:
+                return f"{todo}, with --profile client: {renew}"
+            case Reason.VERIFY_CRL_STALE:
+                return f"compare the clocks of both machines; where they agree, {todo}"
+            case Reason.POLICY_DENIED:
+                return f"have the server allow {label(self.own.chain[0])}, or call as another: --as NAME"
+        return f"{todo}: {renew}" if advice.anew else todo
 
 
-def _troubles(own: Own, accepted: Sequence[str], now: datetime) -> list[_Trouble]:
-    """What a server would refuse our certificate for, as far as we can see, the surest first."""
-    found, leaf, renew = [], own.chain[0], f"run: {own.renew}"
-    vague = {Alert.BAD_CERTIFICATE, Alert.CERTIFICATE_UNKNOWN, Alert.HANDSHAKE_FAILURE, Alert.ACCESS_DENIED}
-    if now > leaf.not_valid_after_utc:
-        detail = f"it expired {span(now - leaf.not_valid_after_utc)} ago"
-        found.append(_Trouble(frozenset({Alert.CERTIFICATE_EXPIRED, *vague}), detail, renew))
-    if now < leaf.not_valid_before_utc:
-        detail = f"it is not valid yet; it will be in {span(leaf.not_valid_before_utc - now)}"
-        found.append(_Trouble(frozenset(vague), detail, "is our clock right? compare it with the issuer's"))
-    for issuer in own.chain[1:]:
-        if now > issuer.not_valid_after_utc:
-            detail = f"its issuer, {label(issuer)}, expired {span(now - issuer.not_valid_after_utc)} ago"
-            found.append(_Trouble(frozenset({Alert.CERTIFICATE_EXPIRED, Alert.UNKNOWN_CA, *vague}), detail, renew))
-    usages = _usages(leaf)
-    purpose = frozenset({Alert.UNSUPPORTED_CERTIFICATE, *vague})
-    if usages is not None and ExtendedKeyUsageOID.CLIENT_AUTH not in usages:
-        kind = "a server's" if ExtendedKeyUsageOID.SERVER_AUTH in usages else "not a client's"
-        detail = f"it is {kind}: its extended key usage lacks clientAuth"
-        found.append(_Trouble(purpose, detail, "use a client's certificate: handfast issue NAME --profile client"))
-    if accepted and not _accepts(accepted, own.chain):
-        detail = f"it is of {_issuer(own)}{_naming(accepted)}"
-        following = "use a certificate of an authority that the server accepts, or add ours to the server's bundle"
-        alerts = {Alert.UNKNOWN_CA, Alert.CERTIFICATE_REQUIRED, Alert.NO_CERTIFICATE, *vague}
-        found.append(_Trouble(frozenset(alerts), detail, following))
-    if usages is None:  # many servers do not mind
-        detail = "it does not say what it is for: it has no extended key usage"
-        found.append(_Trouble(purpose, detail, renew))
-    return found
+def _ours(own: Own, accepted: Sequence[str], now: datetime) -> _Ours:
+    faults = own_faults(own.chain, Purpose.CLIENT, now)
+    named = any(one.issuer.rfc4514_string() in accepted for one in own.chain) if accepted else None
+    return _Ours(own, Shown(Side.CLIENT, own.chain, faults, named, given=True), accepted, now)
 
 
-def _usages(leaf: x509.Certificate) -> list[x509.ObjectIdentifier] | None:
-    try:
-        return list(leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
-    except (x509.ExtensionNotFound, ValueError):
-        return None
-
-
-def _accepts(accepted: Sequence[str], chain: Sequence[x509.Certificate]) -> bool:
-    return any(one.issuer.rfc4514_string() in accepted for one in chain)
-
-
-def _issuer(own: Own) -> str:
-    return own.chain[-1].issuer.rfc4514_string() or "an authority without a name"
+def _of_certificate(alert: Alert, ours: _Ours) -> Verdict:
+    """An alert that is about our certificate: what it says, and what else is wrong; the next step mends the surest."""
+    said = certificate_cause(alert.number, ours.shown)
+    cause, others = weighed(said, ours.shown)
+    mended, guessed = cause.failure, cause.sure is not Sure.CERTAIN
+    told = [f"{said.sure.prefix}{ours.told(said.failure)}", *said.also]
+    match said.failure.reason:
+        case Reason.VERIFY_NO_CERTIFICATE:  # and yet we have one
+            told, guessed = told[1:], True
+        case Reason.VERIFY_CRL_STALE:
+            told[0] = (
+                f"by our clock it is good until {ours.own.chain[0].not_valid_after_utc:%Y-%m-%d %H:%M} UTC; {told[0]}"
+            )
+        case Reason.SEEN_REFUSED:
+            told[:2] = [f"{told[0]}; perhaps {told[1]}"]
+    if mended is not said.failure:
+        others = (mended, *others)
+    elif others and guessed:
+        mended = others[0]
+    detail = "; or ".join(told) + "".join(f"; besides, {ours.told(other, _BY_NAME)}" for other in others[:1])
+    return ours.verdict(Reason.CONNECT_REFUSED, mended, alert.wire_name, detail)
 
 
 def _naming(accepted: Sequence[str]) -> str:
     if not accepted:
         return ""
-    more = f" and {len(accepted) - 3} more" if len(accepted) > 3 else ""
-    return f"; the server accepts {', '.join(name[:100] for name in accepted[:3])}{more}"
+    more = f" and {len(accepted) - _MOST_NAMED} more" if len(accepted) > _MOST_NAMED else ""
+    return f"; the server accepts {', '.join(name[:100] for name in accepted[:_MOST_NAMED])}{more}"
 
 
-def _of_ours(detail: str) -> str:
-    """A sentence about `it` as one about our certificate, to stand inside another."""
-    rest = detail.removeprefix("it ")
-    return detail if rest == detail else f"our certificate {rest}"
+def _clause(sentence: str) -> str:
+    """A sentence as part of another one."""
+    return sentence[:1].lower() + sentence[1:].rstrip(".")
 
 
-def _verdict(reason: Reason, fault: Fault, cause: str, detail: str, following: str) -> Verdict:
-    return Verdict(Failure(reason, {"detail": detail, "next": following}), fault, cause)
+def _verdict(reason: Reason, who: Who, cause: str, detail: str, following: str) -> Verdict:
+    return Verdict(Failure(reason, {"detail": detail, "next": following}), who, cause)

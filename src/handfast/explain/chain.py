@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 
 from handfast.errors import Failure, Reason, VerificationFailed
 from handfast.explain.model import Check, Link
 from handfast.pki.certificates import UNREADABLE, encode_chain, is_authority, label, serial_text
+from handfast.pki.floor import is_signed_by
 from handfast.pki.inspect import describe
 from handfast.pki.names import Name
 from handfast.pki.verification import Purpose, Terms, TrustBundle, name_matches, verify
+from handfast.tls.judge import judge_offline
 
 _MOST_LINKS = 20
 
@@ -52,7 +53,7 @@ def look_at_chain(
         links.append(Link("unreadable", "", "", "", "", None, None, (), (unreadable,), size=size))
     top = chain[-1] if chain and len(chain) == len(ders) else None
     for anchor in anchors:
-        if top is not None and top not in anchors and _signed(top, anchor):
+        if top is not None and top not in anchors and is_signed_by(top, anchor, any_size=True):
             checks = [Check("trust", True, "it is in your bundle"), _validity(anchor, now), _authority(anchor)]
             links.append(_link(anchor, tuple(checks), 0, sent=False))
             break
@@ -70,15 +71,13 @@ def own_faults(chain: Sequence[x509.Certificate], purpose: Purpose, now: datetim
 def faults(chain: Sequence[x509.Certificate], terms: Terms, now: datetime) -> tuple[Failure, ...]:
     """What `pki.verify` has against a chain. Servers need not say what they are for: clients do not ask it."""
     try:
-        verify(chain, terms, now)
+        verify(chain, terms, now, judge_offline(chain, terms.bundle, now))
     except VerificationFailed as refused:
         failures = refused.failures
     else:
         return ()
     if terms.purpose is Purpose.SERVER:
         failures = tuple(failure for failure in failures if failure.reason is not Reason.VERIFY_NO_EKU)
-    if terms.bundle.anchors == (chain[-1],) and len(failures) == 1 and failures[0].reason is Reason.VERIFY_JUDGE:
-        return ()  # a judge will not start from a leaf, which is all that we have of our own
     return failures
 
 
@@ -107,28 +106,20 @@ def _signature(
     for anchor in anchors:
         if certificate == anchor:
             return Check("trust", True, "it is in your bundle")
-        if _signed(certificate, anchor):
+        if is_signed_by(certificate, anchor, any_size=True):
             return Check("signature", True, f"made by {label(anchor)}, which is in your bundle")
     named = [other for other in others if other.subject == certificate.issuer]
     for other in named:
-        if _signed(certificate, other):
+        if is_signed_by(certificate, other):
             return Check("signature", True, f"made by {label(other)}, which was sent along")
     if named or any(anchor.subject == certificate.issuer for anchor in anchors):
         return Check("signature", False, "not made by the key of the issuer of that name")
     if certificate.issuer == certificate.subject:
-        if not _signed(certificate, certificate):
+        if not is_signed_by(certificate, certificate, any_size=True):
             return Check("signature", False, "it says that it signs itself, and does not")
         return Check("signature", False if anchors else None, "it signs itself, and is not in your bundle")
     text = "its issuer was not sent along"
     return Check("signature", False if anchors else None, f"{text}{', and is not in your bundle' if anchors else ''}")
-
-
-def _signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(issuer)
-    except (InvalidSignature, *UNREADABLE):
-        return False
-    return True
 
 
 def _validity(certificate: x509.Certificate, now: datetime) -> Check:

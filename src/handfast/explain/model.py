@@ -88,6 +88,11 @@ class Sure(StrEnum):
     LIKELY = "likely"
     POSSIBLE = "possible"
 
+    @property
+    def prefix(self) -> str:
+        """What is said before a cause that is this sure; '' or a word and its blank."""
+        return {Sure.CERTAIN: "", Sure.LIKELY: "most likely ", Sure.POSSIBLE: ""}[self]
+
 
 class Result(StrEnum):
     """What came of a connection."""

@@ -6,7 +6,7 @@ import string
 from dataclasses import dataclass
 
 from handfast.errors import Exit, InvalidInput, Reason
-from handfast.explain.advice import ADVICE
+from handfast.explain.advice import ADVICE, advice_for
 from handfast.explain.model import Who
 from handfast.wire.records import Side
 
@@ -83,9 +83,7 @@ def meaning_of(code: str) -> Meaning:
     if reason is None:
         raise InvalidInput(Reason.INPUT_REASON, value=code[:100])
     row = reason.value
-    advice = ADVICE.get(reason)
-    words = {"holder": Side.CLIENT, "judge": Side.SERVER, "profile": "client", "place": "HOST:PORT"}
-    told = "" if advice is None else advice.todo.format(**words)
+    told = advice_for(reason, Side.CLIENT).todo if reason in ADVICE else ""
     return Meaning(row.code, _bare(row.message), _bare(row.hint), who_acts(reason), row.exit, row.http, told)
 
 
@@ -94,13 +92,7 @@ def who_acts(reason: Reason) -> Who:
     if reason in _EXCEPTIONS:
         return _EXCEPTIONS[reason]
     if reason in ADVICE:
-        match ADVICE[reason].who:
-            case "holder":
-                return Who.CLIENT
-            case "judge":
-                return Who.SERVER
-            case who:
-                return Who(who)
+        return advice_for(reason, Side.CLIENT).who
     return _WHO.get(reason.code.partition(".")[0], Who.CALLER)
 
 

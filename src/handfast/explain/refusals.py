@@ -13,11 +13,8 @@ from dataclasses import dataclass
 from cryptography import x509
 
 from handfast.errors import Failure, Reason
-from handfast.explain.chain import load_chain, own_faults
 from handfast.explain.model import Sure
-from handfast.explain.scene import Scene
 from handfast.pki.certificates import UNREADABLE, label
-from handfast.pki.verification import Purpose
 from handfast.wire.alerts import alert_of
 from handfast.wire.records import Side
 
@@ -50,21 +47,47 @@ class Cause:
     also: tuple[str, ...] = ()
 
 
-def is_about_certificate(number: int, scene: Scene, holder: Side) -> bool:
-    """Whether an alert to `holder` is about its certificate rather than about the parameters."""
-    if number in _CERTIFICATE_ALERTS:
-        return True
-    asked = holder is Side.SERVER or scene.request is not None
-    return asked and holder in scene.shown and number in (40, 49, 51)
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """The holder's certificate as it was put before the other side, and what is known of how that looks at it.
+
+    `chain`: leaf first, as far as it can be read. `faults`: what is wrong with it, by `own_faults` or by a bundle of
+    authorities. `named`: whether the judge said that it accepts an authority of the chain; None where it named none, or
+    nothing was shown. `exact`: it accepts no others than it named. `given`: the holder is us, and has a certificate.
+    """
+
+    holder: Side
+    chain: tuple[x509.Certificate, ...]
+    faults: tuple[Failure, ...]
+    named: bool | None = None
+    exact: bool = False
+    given: bool = False
+    sent: bool = True
+
+    @property
+    def troubles(self) -> tuple[Failure, ...]:
+        """All that is wrong with it as far as is known, an authority that was not named before the rest."""
+        return self.faults if self.named is not False else (self.unknown, *self.faults)
+
+    @property
+    def unknown(self) -> Failure:
+        """That its authority is not accepted."""
+        return Failure(Reason.VERIFY_UNKNOWN_ISSUER, _subject(self.chain) | _issuer(self.chain))
 
 
-def certificate_cause(number: int, scene: Scene, holder: Side) -> Cause:
-    """Why the far side of `holder` refused its certificate with the alert of that number. Raises nothing."""
-    judge = holder.other.value
-    if number == 116 or not scene.ders(holder):
-        return _none_shown(number, scene, holder)
-    chain = load_chain(scene.ders(holder))
-    faults = own_faults(chain, Purpose.CLIENT if holder is Side.CLIENT else Purpose.SERVER, scene.known.now)
+def is_about_certificate(number: int, *, shown: bool) -> bool:
+    """Whether an alert is about its receiver's certificate rather than about the parameters.
+
+    `shown`: the receiver was asked for one and showed it, which some alerts are about then.
+    """
+    return number in _CERTIFICATE_ALERTS or (shown and number in (40, 49, 51))
+
+
+def certificate_cause(number: int, shown: Shown) -> Cause:
+    """Why a certificate was refused with the alert of that number. Raises nothing."""
+    judge, chain, faults = shown.holder.other.value, shown.chain, shown.faults
+    if number in (41, 116) or not shown.sent:
+        return _none_shown(number, shown)
     for reason in _AGREES.get(number, ()):
         for fault in faults:
             if fault.reason is reason:
@@ -73,8 +96,8 @@ def certificate_cause(number: int, scene: Scene, holder: Side) -> Cause:
         case 44:
             return Cause(Failure(Reason.VERIFY_REVOKED, _subject(chain)))
         case 48:
-            return _unknown_ca(scene, holder, chain)
-        case 49:
+            return _unknown_ca(shown)
+        case 49 if not faults:
             return Cause(Failure(Reason.POLICY_DENIED, {"rule": "of the other side"}))
         case 45:
             also = (f"the {judge}'s clock is ahead of ours", "an authority above the certificate has expired")
@@ -82,55 +105,48 @@ def certificate_cause(number: int, scene: Scene, holder: Side) -> Cause:
         case 51:
             return Cause(Failure(Reason.TLS_BAD_PROOF), Sure.LIKELY, ("the certificate, or one above it, was altered",))
     if faults:
-        return Cause(faults[0], Sure.LIKELY)
+        return Cause(faults[0], Sure.LIKELY, (f"a rule of the {judge} keeps it out",) if number == 49 else ())
+    if shown.named is False:
+        return Cause(shown.unknown, Sure.LIKELY)
     return _unsaid(number, judge, chain)
 
 
-def weighed(cause: Cause, scene: Scene, holder: Side) -> tuple[Cause, tuple[Failure, ...]]:
-    """The gravest cause, and what else is wrong with the holder's certificate as far as it is known here.
+def weighed(cause: Cause, shown: Shown) -> tuple[Cause, tuple[Failure, ...]]:
+    """The gravest cause, and what else is wrong with the certificate as far as it is known here.
 
-    An authority that the server does not name outweighs what a renewal would mend, for that would be refused next.
+    An authority that the judge does not name outweighs what a renewal would mend, for that would be refused next.
     Raises nothing.
     """
-    chain = load_chain(scene.ders(holder))
-    faults = scene.known.peer_faults if holder is Side.SERVER else None
-    if faults is None:
-        faults = own_faults(chain, Purpose.CLIENT if holder is Side.CLIENT else Purpose.SERVER, scene.known.now)
-    if cause.failure.reason.code.startswith(_PAST_THE_CHAIN):
-        return cause, ()
-    others = tuple(fault for fault in faults if fault.reason is not cause.failure.reason)
-    accepted = scene.request.authorities if scene.request is not None and holder is Side.CLIENT else ()
-    if not chain or not accepted or _is_named(chain, accepted):
+    reason = cause.failure.reason
+    if reason.code.startswith(_PAST_THE_CHAIN):
+        return cause, () if cause.sure is Sure.CERTAIN else shown.faults
+    others = tuple(fault for fault in shown.troubles if fault.reason is not reason)
+    if shown.named is not False or reason not in {fault.reason for fault in shown.faults}:
         return cause, others
-    unknown = Failure(Reason.VERIFY_UNKNOWN_ISSUER, _subject(chain) | _issuer(chain))
-    if cause.failure.reason is unknown.reason:
-        return cause, others
-    if cause.failure.reason not in {fault.reason for fault in faults}:
-        return cause, (unknown, *others)
-    sure = Sure.CERTAIN if scene.us is Side.SERVER else Sure.LIKELY  # a server may accept more than it names
-    return Cause(unknown, sure, cause.also), (cause.failure, *others)
+    sure = Sure.CERTAIN if shown.exact else Sure.LIKELY
+    return Cause(shown.unknown, sure, cause.also), (cause.failure, *others[1:])
 
 
-def _none_shown(number: int, scene: Scene, holder: Side) -> Cause:
+def _none_shown(number: int, shown: Shown) -> Cause:
     sure = Sure.LIKELY if number == 40 else Sure.CERTAIN
     also: tuple[str, ...] = ("no cipher or signature algorithm is shared",) if number == 40 else ()
-    if scene.us is holder and scene.known.own:
+    if shown.given:
         also += ("the certificate that was given is of a kind that the server does not take, so it was not sent",)
     return Cause(Failure(Reason.VERIFY_NO_CERTIFICATE), sure, also)
 
 
-def _unknown_ca(scene: Scene, holder: Side, chain: tuple[x509.Certificate, ...]) -> Cause:
-    failure = Failure(Reason.VERIFY_UNKNOWN_ISSUER, _subject(chain) | _issuer(chain))
-    accepted = scene.request.authorities if scene.request is not None and holder is Side.CLIENT else ()
-    missing = "an intermediate certificate was not sent along"
-    judge = holder.other.value
+def _unknown_ca(shown: Shown) -> Cause:
+    chain, judge = shown.chain, shown.holder.other.value
+    open_ended = chain and chain[-1].issuer != chain[-1].subject  # it stops below a root
+    missing = ("an intermediate certificate was not sent along",) if open_ended else ()
     no_list = f"the {judge} checks revocations and has no list of the issuer (OpenSSL says unknown_ca for that too)"
-    if not accepted:
-        if holder is Side.SERVER:
-            return Cause(failure, Sure.LIKELY, (missing,) if _open_ended(chain) else ())
-        return Cause(failure, Sure.LIKELY, (*((missing,) if _open_ended(chain) else ()), no_list))
-    if not _is_named(chain, accepted):
-        return Cause(failure, Sure.CERTAIN, (missing,) if _open_ended(chain) else ())
+    match shown.named:
+        case None if shown.holder is Side.SERVER:
+            return Cause(shown.unknown, Sure.LIKELY, missing)
+        case None:
+            return Cause(shown.unknown, Sure.LIKELY, (*missing, no_list))
+        case False:
+            return Cause(shown.unknown, Sure.CERTAIN, missing)
     also = ("its authority was made anew under the same name, so that the keys differ",)
     return Cause(Failure(Reason.VERIFY_CRL_MISSING, _issuer(chain)), Sure.LIKELY, also)
 
@@ -138,25 +154,10 @@ def _unknown_ca(scene: Scene, holder: Side, chain: tuple[x509.Certificate, ...])
 def _unsaid(number: int, judge: str, chain: tuple[x509.Certificate, ...]) -> Cause:
     known = alert_of(number)
     also = [] if known is None else [known.cause]
+    if number == 43:  # whose usual cause would have been seen
+        also = [f"the {judge} takes other kinds of keys or key usages"]
     also += [f"its authority is not in the {judge}'s bundle: some TLS libraries say so with this alert"]
     return Cause(Failure(Reason.SEEN_REFUSED, _subject(chain)), Sure.POSSIBLE, tuple(also))
-
-
-def _open_ended(chain: tuple[x509.Certificate, ...]) -> bool:
-    """Whether the chain stops below a root."""
-    return bool(chain) and chain[-1].issuer != chain[-1].subject
-
-
-def _is_named(chain: tuple[x509.Certificate, ...], accepted: tuple[bytes, ...]) -> bool:
-    """Whether the chain leads to an authority that the server says it accepts."""
-    return any(_der_of(certificate.issuer) in accepted for certificate in chain)
-
-
-def _der_of(name: x509.Name) -> bytes:
-    try:
-        return name.public_bytes()
-    except UNREADABLE:
-        return b""
 
 
 def _subject(chain: tuple[x509.Certificate, ...]) -> dict[str, object]:

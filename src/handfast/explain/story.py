@@ -32,7 +32,7 @@ def explain(recording: Recording, known: Known, bundle: TrustBundle | None = Non
     return Explanation(
         recording=recording,
         steps=steps,
-        added=_added(recording, steps),
+        added=_added(steps),
         verdict=judge(recording, known),
         version=registry.name_of(registry.VERSIONS, settled.version) if settled.version else "",
         suite=registry.name_of(registry.SUITES, settled.suite) if settled.version else "",
@@ -54,7 +54,7 @@ def measured(explanation: Explanation, mutual: list[float], plain: list[float]) 
     return replace(explanation, added=added)
 
 
-def _added(recording: Recording, steps: tuple[Step, ...]) -> Added:
+def _added(steps: tuple[Step, ...]) -> Added:
     mutual = [step for step in steps if step.mutual]
     handshake = [step for step in steps if step.name != "application data"]
     return Added(

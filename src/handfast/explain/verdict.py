@@ -11,13 +11,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+from cryptography import x509
+
 from handfast.errors import Failure, Reason
-from handfast.explain.advice import advice_for
+from handfast.explain.advice import advice_for, side_acts
 from handfast.explain.chain import load_chain, own_faults
 from handfast.explain.model import Ending, Known, Recording, Result, Sure, Verdict, Who
 from handfast.explain.reasons import who_acts
-from handfast.explain.refusals import Cause, certificate_cause, is_about_certificate, weighed
+from handfast.explain.refusals import Cause, Shown, certificate_cause, is_about_certificate, weighed
 from handfast.explain.scene import Scene, plain_speech, scene_of
+from handfast.pki.certificates import UNREADABLE
 from handfast.pki.verification import Purpose
 from handfast.wire import registry
 from handfast.wire.alerts import alert_of
@@ -101,8 +104,9 @@ def _alerted(scene: Scene) -> Verdict | None:
 
 def _alert(scene: Scene, sender: Side, alert: AlertMessage) -> Verdict:
     holder = sender.other
-    if is_about_certificate(alert.number, scene, holder):
-        cause = certificate_cause(alert.number, scene, holder)
+    asked = holder is Side.SERVER or scene.request is not None
+    if is_about_certificate(alert.number, shown=asked and holder in scene.shown):
+        cause = certificate_cause(alert.number, _shown(scene, holder))
         return _certificate(scene, holder, cause, f"with the alert {alert.name} ({alert.number})")
     known = alert_of(alert.number)
     said = f"The {sender} ended the handshake with the alert {alert.name} ({alert.number})"
@@ -130,7 +134,7 @@ def _alert(scene: Scene, sender: Side, alert: AlertMessage) -> Verdict:
             return _verdict(Reason.TLS_NO_COMMON, "no application protocol (ALPN) is shared", text, Who.CLIENT, command)
     text = f"{said}. It means: {known.meaning if known else 'nothing that is registered'}."
     also = (known.cause,) if known else ()
-    verdict = _verdict(Reason.TLS_ALERT, f"the {sender} broke off: {alert.name}", text, _who(sender))
+    verdict = _verdict(Reason.TLS_ALERT, f"the {sender} broke off: {alert.name}", text, side_acts(sender))
     return replace(verdict, sure=Sure.POSSIBLE, also=also)
 
 
@@ -185,25 +189,43 @@ def _refused_by_us(scene: Scene) -> Verdict | None:
     return None
 
 
+def _shown(scene: Scene, holder: Side) -> Shown:
+    """What a side showed, for the other to judge; of a server's, with what our own bundle has against it."""
+    known, ders = scene.known, scene.ders(holder)
+    chain, faults, named = load_chain(ders), known.peer_faults, None
+    if holder is Side.CLIENT or faults is None:
+        faults = own_faults(chain, Purpose(holder.value), known.now)
+    if chain and holder is Side.CLIENT and scene.request is not None and scene.request.authorities:
+        named = any(_der_of(certificate.issuer) in scene.request.authorities for certificate in chain)
+    given = scene.us is holder and bool(known.own)
+    return Shown(holder, chain, faults, named, exact=scene.us is Side.SERVER, given=given, sent=bool(ders))
+
+
+def _der_of(name: x509.Name) -> bytes:
+    try:
+        return name.public_bytes()
+    except UNREADABLE:
+        return b""
+
+
 def _certificate(scene: Scene, holder: Side, cause: Cause, how: str) -> Verdict:
-    judge, words = holder.other, {"holder": str(holder), "judge": str(holder.other), "profile": str(holder)}
-    words["place"] = scene.place
-    said, (cause, others) = cause, weighed(cause, scene, holder)
+    said, (cause, others) = cause, weighed(cause, _shown(scene, holder))
     reason = cause.failure.reason
-    advice = advice_for(reason)
-    what = advice.what.format(**words)
+    advice = advice_for(reason, holder)
     message = cause.failure.message
     detail = "" if "?" in message or reason in _SAID_ALREADY else f" In detail: {message}."
     accepted = _accepted(scene) if holder is Side.CLIENT and _is_about_authority(reason) else ""
-    probably = {Sure.CERTAIN: "", Sure.LIKELY: "most likely ", Sure.POSSIBLE: ""}[cause.sure]
-    why = f"{probably}{what}."
+    why = f"{cause.sure.prefix}{advice.what}."
     if reason is not said.failure.reason:
-        first = advice_for(said.failure.reason).what.format(**words)
+        first = advice_for(said.failure.reason, holder).what
         why = f"{first}. A new one of the same authority would be refused next: {why}"
-    text = f"The {judge} refused the {holder} {how}: {why}{detail}{accepted} {advice.todo.format(**words)}"
-    verdict = _verdict(reason, what, text, _actor(advice.who, holder), advice.command.format(**words))
-    besides = tuple(_shortly(advice_for(one.reason).what.format(**words), one.reason) for one in others)
-    return replace(verdict, sure=cause.sure, also=cause.also, besides=besides)
+    text = f"The {holder.other} refused the {holder} {how}: {why}{detail}{accepted} {advice.todo}"
+    verdict = _verdict(reason, advice.what, text, advice.who, advice.command)
+    return replace(verdict, sure=cause.sure, also=cause.also, besides=_told(others, holder))
+
+
+def _told(failures: tuple[Failure, ...], holder: Side) -> tuple[str, ...]:
+    return tuple(_shortly(advice_for(one.reason, holder).what, one.reason) for one in failures)
 
 
 def _is_about_authority(reason: Reason) -> bool:
@@ -216,20 +238,6 @@ def _accepted(scene: Scene) -> str:
     names = [render_name(name) for name in scene.request.authorities]
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return f" The server accepts certificates of: {'; '.join(names[:_MOST_NAMED])}{more}."
-
-
-def _actor(who: str, holder: Side) -> Who:
-    match who:
-        case "holder":
-            return _who(holder)
-        case "judge":
-            return _who(holder.other)
-        case _:
-            return Who(who)
-
-
-def _who(side: Side) -> Who:
-    return Who.CLIENT if side is Side.CLIENT else Who.SERVER
 
 
 # A refusal in the application's words.
@@ -291,12 +299,9 @@ def _facts_of(scene: Scene, reason: Reason) -> dict[str, object]:
 
 def _nginx_cause(scene: Scene) -> Cause:
     """nginx says the same of every certificate that it refuses; its error log has the reason."""
-    cause = certificate_cause(46, scene, Side.CLIENT)
+    cause = certificate_cause(46, _shown(scene, Side.CLIENT))
     if cause.failure.reason is not Reason.SEEN_REFUSED:
         return replace(cause, sure=Sure.LIKELY)
-    unknown = certificate_cause(48, scene, Side.CLIENT)
-    if unknown.sure is Sure.CERTAIN:
-        return replace(unknown, sure=Sure.LIKELY)
     also = ("its authority is not the one that nginx trusts", "it was revoked", "nginx has no revocation list for it")
     return replace(cause, also=also)
 
@@ -328,7 +333,7 @@ def _broken(scene: Scene) -> Verdict | None:
             return _version(scene, "The server chose a TLS version that this client does not take")
         case Reason.TLS_BAD_PROOF:
             return _certificate(scene, us.other, Cause(broken), "(its signature does not verify)")
-    return _verdict(broken.reason, "the handshake broke off on our side", text, _who(us.other))
+    return _verdict(broken.reason, "the handshake broke off on our side", text, side_acts(us.other))
 
 
 def _unanswered(scene: Scene) -> Verdict | None:
@@ -338,7 +343,7 @@ def _unanswered(scene: Scene) -> Verdict | None:
     far = scene.us.other if scene.us else Side.SERVER
     if recording.ending is Ending.FULL:
         text = "More came than any handshake has, so it was not read to its end."
-        return _verdict(Reason.TLS_HANDSHAKE, "the handshake is too long", text, _who(far))
+        return _verdict(Reason.TLS_HANDSHAKE, "the handshake is too long", text, side_acts(far))
     after = _last_of(scene, far)
     if recording.ending is Ending.TIMEOUT:
         return _timed_out(scene, far, after)
@@ -371,7 +376,7 @@ def _timed_out(scene: Scene, far: Side, after: str) -> Verdict:
     if scene.known.small_works:
         text += " A smaller ClientHello was answered: something on the way cannot take one that needs two packets."
         also = ()
-    who = Who.NETWORK if scene.known.small_works else _who(far)
+    who = Who.NETWORK if scene.known.small_works else side_acts(far)
     verdict = _verdict(Reason.TLS_TIMEOUT, f"no answer after {after}", text, who)
     return replace(verdict, sure=Sure.POSSIBLE, also=also)
 
@@ -411,7 +416,9 @@ def _silent_refusal(scene: Scene) -> Verdict | None:
     )
     verdict = _verdict(Reason.SEEN_REFUSED, "the server closed right after the handshake", text, Who.SERVER)
     also = ("a rule of the server keeps this name out", "the server's application closed for a reason of its own")
-    return replace(verdict, sure=Sure.LIKELY, also=also)
+    return replace(
+        verdict, sure=Sure.LIKELY, also=also, besides=_told(_shown(scene, Side.CLIENT).troubles, Side.CLIENT)
+    )
 
 
 def _worked(scene: Scene) -> Verdict:

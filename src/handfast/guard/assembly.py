@@ -1,9 +1,10 @@
 """From a configuration to what a guard runs: listeners, backends, and snapshots made anew when files change.
 
 Theory of operation. `build` reads every file that the configuration names and makes one whole snapshot, or raises
-and changes nothing. `refresh` is asked by the guard each tick: when a file, the authority's feed or the
-configuration itself has changed it builds again. What must outlive a snapshot (counts, health, limits' levels) is
-kept by name where the configuration of it has not changed.
+and changes nothing. `refresh` is asked by the guard each tick: when a file or the configuration itself has changed
+it builds again; when the authority's feed has, it builds with what the files held when they were read last, so that a
+revocation waits for no file. What must outlive a snapshot (counts, health, limits' levels) is kept by name where the
+configuration of it has not changed.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from cryptography import x509
 
@@ -46,15 +48,18 @@ from handfast.pki.revocation import NO_REVOCATIONS, CrlSet, Revocations, check_c
 from handfast.pki.verification import Purpose, Terms, TrustBundle, VerifiedPeer
 from handfast.policy import ALLOW_ANY, Policy, parse_path, parse_policy
 from handfast.tls.client import ClientContext, ClientSettings, server_name_of
-from handfast.tls.credential import check_time, check_usable, load_bundle, load_credential
+from handfast.tls.credential import Credential, check_time, check_usable, load_bundle, load_credential
 from handfast.tls.server import ClientAuth, ServerContext, ServerSettings
 from handfast.wire.forwarding import HeaderStyle, facts_of, identity_headers
 from handfast.wire.http1 import Header
 
 MAX_CRL = 64 << 20  # bytes; a list of a million entries has about 36 MiB
+MAX_POLICY = 64 << 20  # bytes of a file of rules
 _RETRY = timedelta(seconds=30)  # after which a reload that failed is tried again, though nothing changed
 # Backends by what `to` says and the seconds to connect, with the configuration that they were made of.
 _Groups = dict[tuple[str, float], tuple[UpstreamConfig, Upstreams]]
+_Loaded = dict[tuple[object, ...], Any]  # what the files held, by what was read of which
+_T = TypeVar("_T")
 _Asking = tuple[Ocsp, str | None, frozenset[str]]  # how a site asks by OCSP; those that do alike know the same
 
 
@@ -103,9 +108,10 @@ class Assembly:
     certificates: dict[str, datetime] = field(default_factory=dict)  # listener and names -> when it expires
     _groups: _Groups = field(default_factory=dict)
     _checkers: dict[_Asking, OcspChecker] = field(default_factory=dict)  # and so what they know outlives a snapshot
-    _crls: dict[str, CrlSet] = field(default_factory=dict)  # in force, by listener and names
-    _generation: int = 0
-    _revision: int = -1
+    # By listener and names: the newest list of each issuer that was ever in force, also of one that has none now.
+    _newest: dict[str, dict[bytes, tuple[int, datetime]]] = field(default_factory=dict)
+    _loaded: _Loaded = field(default_factory=dict)  # in force
+    _revision: int = -1  # of the feed, when it was last asked
     _watch: Watch = field(default_factory=lambda: Watch(()))
     _forced: bool = False  # by SIGHUP
     _pending: bool = False  # a change was seen, and not acted on yet
@@ -138,12 +144,22 @@ class Assembly:
         elif self._watch.changed() or (self._again is not None and now >= self._again):
             self._pending = True
         if self.feed is not None and self.feed.revision() != self._revision:
-            self._pending = True
+            return self._follow_feed(now)  # what is pending besides has the next tick
         if not self._pending:
             return None
         self._pending, self._again = False, now + _RETRY
         snapshot = self._adopt(None if self.source is None else read_config(self.source), now)
         self._again = None
+        return snapshot
+
+    def _follow_feed(self, now: datetime) -> Snapshot:
+        try:
+            snapshot = self._build(self.config, now, self._loaded)
+        except HandfastError:
+            self._pending, self._again = False, now + _RETRY
+            raise
+        if self._again is not None:  # what failed before fails still: it is told again
+            self._again = now
         return snapshot
 
     def build_newest(self, now: datetime) -> Snapshot:
@@ -209,36 +225,34 @@ class Assembly:
         if changed:
             raise HandfastError(Reason.GUARD_RESTART, what=", ".join(changed))
 
-    def _build(self, config: Config, now: datetime) -> Snapshot:
-        revision, making = -1, _Making(config, now)
+    def _build(self, config: Config, now: datetime, loaded: _Loaded | None = None) -> Snapshot:
+        """Make a snapshot, of what is `loaded` where that is given, and else of the files as they are now."""
+        making = _Making(config, now, loaded)
         if self.feed is not None:
             revision = self.feed.revision()  # before the lists: a later change is seen later
             making.bundle, making.revocations = self.feed.bundle(), self.feed.revocations(now)
+            self._revision = revision
         sites = {
             listener.name: Sites([self._site(making, listener, site) for site in listener.all_sites])
             for listener in config.listeners
         }
-        self._generation += 1
-        self._groups, self.certificates, self._revision = making.groups, making.certificates, revision
-        self._crls = making.crls
-        return Snapshot(sites, self._generation)
+        self._groups, self.certificates = making.groups, making.certificates
+        self._loaded = making.loaded
+        for key, crls in making.crls.items():
+            self._newest.setdefault(key, {}).update(crls.newest())
+        for asked, group in making.groups.values():
+            if asked.health is None:  # nobody would find out that it is well again
+                for backend in group.backends:
+                    backend.healthy = True
+        return Snapshot(sites)
 
     def _site(self, making: _Making, listener: ListenerConfig, site: SiteConfig) -> Site:
-        now, http = making.now, listener.mode is Mode.HTTP
-        assert site.cert is not None
-        assert site.key is not None
-        opens = None
-        if site.key_passphrase_file is not None:
-            opens = self.passphrase(site.key_passphrase_file)
-        credential = load_credential(site.cert, site.key, opens)
-        check_usable(credential, Purpose.SERVER, now)
+        http = listener.mode is Mode.HTTP
+        credential = making.load(("credential", site.cert, site.key), lambda: self._credential(site, making.now))
         bundle = making.trust(site)
-        if bundle.anchors:
-            check_time(bundle.anchors, now)
-        key, crls = f"{listener.name} {' '.join(site.names)}".strip(), _crls(site.crl, bundle)
+        key, crls = f"{listener.name} {' '.join(site.names)}".strip(), making.crl_set(site.crl, bundle)
         if crls is not None:
-            before = self._crls.get(key)
-            failure = None if before is None else crls.rolled_back_from(before)
+            failure = crls.rolled_back_from(self._newest.get(key, {}))
             if failure is not None:
                 raise HandfastError(failure.reason, **failure.facts)
             making.crls[key] = crls
@@ -262,12 +276,22 @@ class Assembly:
         )
         context = ServerContext(credential, terms, settings)
         making.certificates[key] = credential.chain[0].not_valid_after_utc
-        policy = _policy(site, bundle.trust_domain)
+        policy = _policy(making, site, bundle.trust_domain)
         asked = [*site.routes, RouteConfig()] if site.to is not None else site.routes
         routes = [self._route(making, (listener, site, route), policy, bundle.trust_domain) for route in asked]
         identify, renew = self._identify(site, credential.chain[0])
         nameless = site.default or not site.names or len(listener.all_sites) == 1
         return Site(context, tuple(routes), site.names, nameless, identify, renew, ocsp=self._ocsp(site))
+
+    def _credential(self, site: SiteConfig, now: datetime) -> Credential:
+        assert site.cert is not None
+        assert site.key is not None
+        opens = None
+        if site.key_passphrase_file is not None:
+            opens = self.passphrase(site.key_passphrase_file)
+        credential = load_credential(site.cert, site.key, opens)
+        check_usable(credential, Purpose.SERVER, now)
+        return credential
 
     def _route(
         self,
@@ -360,43 +384,65 @@ def _rates(limits: LimitsConfig) -> Rates:
         connections_per_identity=limits.connections_per_identity,
         handshakes_per_second=rate(limits.handshakes_per_second),
         handshakes_per_second_per_address=rate(limits.handshakes_per_second_per_address),
+        handshakes_per_second_per_identity=rate(limits.handshakes_per_second_per_identity),
         requests_per_second=rate(limits.requests_per_second),
+        requests_per_second_per_address=rate(limits.requests_per_second_per_address),
         requests_per_second_per_identity=rate(limits.requests_per_second_per_identity),
     )
 
 
-def _policy(site: SiteConfig, trust_domain: str | None) -> Policy:
-    if site.allow_file is not None:
-        text = read_file(site.allow_file, "policy", 64 << 20).decode("utf-8", "replace")
-        lines = (*parse_policy(site.allow, trust_domain).rules, *parse_rules(text, str(site.allow_file), trust_domain))
+def _policy(making: _Making, site: SiteConfig, trust_domain: str | None) -> Policy:
+    if (file := site.allow_file) is not None:
+        data = making.load(("policy", file), lambda: read_file(file, "policy", MAX_POLICY))
+        text = data.decode("utf-8", "replace")
+        lines = (*parse_policy(site.allow, trust_domain).rules, *parse_rules(text, str(file), trust_domain))
         return Policy(lines)
     return parse_policy(site.allow, trust_domain) if site.allow else ALLOW_ANY
 
 
-def _crls(files: tuple[Path, ...], bundle: TrustBundle) -> CrlSet | None:
-    if not files:
-        return None
-    lists = [crl for path in files for crl in parse_crls(read_file(path, "revocation list", MAX_CRL), str(path))]
-    return check_crls(lists, bundle.anchors)
-
-
 @dataclass(slots=True)
 class _Making:
-    """A snapshot while it is made. `bundle` and `revocations` are the authority's, read once for all sites."""
+    """A snapshot while it is made. `bundle` and `revocations` are the authority's, read once for all sites.
+
+    `before`: what the files held when they were read last, in place of reading them; None: they are read.
+    """
 
     config: Config
     now: datetime
+    before: _Loaded | None = None
+    loaded: _Loaded = field(default_factory=dict)
     bundle: TrustBundle = field(default_factory=lambda: TrustBundle(()))
     revocations: Revocations = NO_REVOCATIONS
     groups: _Groups = field(default_factory=dict)
     crls: dict[str, CrlSet] = field(default_factory=dict)
     certificates: dict[str, datetime] = field(default_factory=dict)
 
+    def load(self, key: tuple[object, ...], read: Callable[[], _T]) -> _T:
+        """Return what `read` makes of files, which `key` names. Raises HandfastError."""
+        value: _T = read() if self.before is None else self.before[key]
+        self.loaded[key] = value
+        return value
+
     def trust(self, site: SiteConfig) -> TrustBundle:
         """Whom the site believes. What the authority revoked is revoked under `client_ca` too: it may be its own."""
-        if site.client_ca is not None:
-            return replace(load_bundle(site.client_ca), trust_domain=site.trust_domain)
-        return TrustBundle(()) if site.client_auth is ClientAuth.OFF else self.bundle
+        if (file := site.client_ca) is None:
+            bundle = TrustBundle(()) if site.client_auth is ClientAuth.OFF else self.bundle
+        else:
+            bundle = replace(self.load(("bundle", file), lambda: load_bundle(file)), trust_domain=site.trust_domain)
+        if bundle.anchors and self.before is None:
+            check_time(bundle.anchors, self.now)
+        return bundle
+
+    def crl_set(self, files: tuple[Path, ...], bundle: TrustBundle) -> CrlSet | None:
+        """The revocation lists of a site; None where it has none."""
+        if not files:
+            return None
+
+        def read(path: Path) -> tuple[x509.CertificateRevocationList, ...]:
+            return parse_crls(read_file(path, "revocation list", MAX_CRL), str(path))
+
+        lists = [self.load(("revocation list", path), partial(read, path)) for path in files]
+        return check_crls([crl for some in lists for crl in some], bundle.anchors)
 
     def upstreams(self, name: str, connect: float, before: tuple[Backend, ...]) -> Upstreams:
         """The group that `name` means. Targets that were there before keep their counts and health."""
@@ -404,15 +450,10 @@ class _Making:
         targets = tuple(parse_target(text) for text in asked.targets)
         known = {backend.target: backend for backend in before}
         backends = tuple(known.get(target) or Backend(target) for target in targets)
-        if asked.health is None:
-            for backend in backends:
-                backend.healthy = True
-        secure = any(target.tls for target in targets)
-        bundle = self.bundle if asked.ca is None else load_bundle(asked.ca)
         return Upstreams(
             name=name,
             backends=backends,
-            handshake=caller_of(asked, bundle, self.revocations) if secure else None,
+            handshake=self._caller(asked) if any(target.tls for target in targets) else None,
             round_robin=asked.balance is Balance.ROUND_ROBIN,
             retries=asked.retries,
             connect=connect,
@@ -422,15 +463,23 @@ class _Making:
             health=asked.health,
         )
 
+    def _caller(self, asked: UpstreamConfig) -> Callable[[Target], Handshake]:
+        ca, cert, key = asked.ca, asked.cert, asked.key
+        bundle = self.bundle if ca is None else self.load(("bundle", ca), lambda: load_bundle(ca))
+        credential = None
+        if cert is not None and key is not None:
+            credential = self.load(("own", cert, key), lambda: load_credential(cert, key))
+        return caller_of(asked, bundle, self.revocations, credential)
 
-def caller_of(asked: UpstreamConfig, bundle: TrustBundle, revocations: Revocations) -> Callable[[Target], Handshake]:
-    """Return what begins TLS towards a target: files are read once, and each target is held to its own name.
 
-    Raises HandfastError for what is wrong with the files, and InvalidInput for a target that has no name.
+def caller_of(
+    asked: UpstreamConfig, bundle: TrustBundle, revocations: Revocations, credential: Credential | None = None
+) -> Callable[[Target], Handshake]:
+    """Return what begins TLS towards a target; each is held to its own name.
+
+    `credential`: what is shown to those that ask. Raises HandfastError, and InvalidInput for a target that has no
+    name.
     """
-    credential = None
-    if asked.cert is not None and asked.key is not None:
-        credential = load_credential(asked.cert, asked.key)
     expect = None if asked.expect is None else parse_pattern(asked.expect)
     contexts: dict[Target, ClientContext] = {}
 
@@ -441,7 +490,8 @@ def caller_of(asked: UpstreamConfig, bundle: TrustBundle, revocations: Revocatio
             name: Name | None = parse_name(host) if expect is None else None
             terms = Terms(bundle, Purpose.SERVER, name=name, revocations=revocations)
             alpn = (H2,) if target.speech.value == "h2" else ()
-            settings = ClientSettings(server_name_of(host) if host else None, expect, alpn=alpn)
+            old = asked.tls_min is TlsVersion.TLS12
+            settings = ClientSettings(server_name_of(host) if host else None, expect, allow_tls12=old, alpn=alpn)
             context = contexts[target] = ClientContext(credential, terms, settings)
         return context.connect(lambda: datetime.now(UTC))
 

@@ -46,12 +46,14 @@ class Checking:
         """What was on its way when reading stopped; kept for the session, within bounds."""
         self._held += len(data)
         if self._held > MAX_HELD:
+            self._connection.denied(Failure(Reason.TLS_HANDSHAKE, {"detail": "too much was sent before an answer"}))
             self._connection.abort()
             return
         self._accepted.channel.feed(data)
 
     def ended(self) -> None:
         """The client went away: nobody waits for the word."""
+        self._connection.denied(Failure(Reason.TLS_CLOSED))
         self._connection.abort()
 
     def writable(self, yes: bool) -> None:

@@ -178,7 +178,9 @@ _LIMITS = Table(
         "connections_per_address": Key(_COUNT, "The same, for each client by its address."),
         "handshakes_per_second": Key(_PER_SECOND, "Handshakes that the listener begins."),
         "handshakes_per_second_per_address": Key(_PER_SECOND, "The same, for each address."),
+        "handshakes_per_second_per_identity": Key(_PER_SECOND, "The same, for each client by its certificate."),
         "requests_per_second": Key(_PER_SECOND, "Requests that the listener forwards."),
+        "requests_per_second_per_address": Key(_PER_SECOND, "The same, for each address."),
         "requests_per_second_per_identity": Key(_PER_SECOND, "The same, for each client by its certificate."),
         "burst": Key(
             _COUNT,
@@ -346,6 +348,7 @@ _UPSTREAM = Table(
             "The name that their certificates must have, and that is sent as TLS server name.",
             default="the target's host",
         ),
+        "tls_min": Key(kinds.choice(TlsVersion), "The oldest version of TLS that is spoken to them."),
         "expect": Key(_SHORT, "The identity that they must have instead of a host's name: a pattern, as in rules."),
         "proxy_protocol": Key(
             kinds.choice(ProxyProtocol), "Tells them the client's address and certificate in front of the first byte."
@@ -356,7 +359,7 @@ _UPSTREAM = Table(
         ),
         "retries": Key(
             kinds.whole(0, 5),
-            "How often a safe request without an answer is sent again, to another target if there is one.",
+            "How often a safe request without an answer is sent again, to another target if there is one; 0: never.",
         ),
         "health": Key(kinds.one_table(_HEALTH), "How targets are looked after; without it, as requests find them."),
     },
@@ -396,7 +399,8 @@ _ROOT = Table(
         "drain": Key(kinds.length("1s", "1d"), "How long open requests may take, once the guard is told to stop."),
         "sandbox": Key(kinds.FLAG, "Gives up what the guard does not need of the system, where the kernel can."),
         "state": Key(
-            kinds.FOLDER, "An authority's folder: its bundle, revocations and policy are used as they change."
+            kinds.FOLDER,
+            "An authority's folder: its trust bundle, trust domain and revocations are used as they change.",
         ),
         "limits": Key(kinds.one_table(_LIMITS), "Limits of each listener that has none of its own."),
         "admin": Key(kinds.one_table(_ADMIN), "The admin listener; without it, there is none."),

@@ -2,7 +2,7 @@
 
 Theory of operation. A connection is always in one state, and a state is an object:
 
-    (Proxied ->) Handshaking --accepted--> a session: HTTP/1.1, HTTP/2 or Tunnel
+    (Announced ->) Handshaking (-> Checking) --accepted--> a session: HTTP/1.1, HTTP/2 or Tunnel
                      |  \\--refused, can be told--> Refusing --answered--+
                      \\----refused------------------------------------> Lingering --> closed
 
@@ -114,6 +114,7 @@ class Connection(asyncio.Protocol):
             "_session",
             "_state",
             "address",
+            "cut",
             "deadline",
             "facts",
             "gate",
@@ -137,6 +138,7 @@ class Connection(asyncio.Protocol):
         self.peer: VerifiedPeer | None = None
         self.who: str | None = None  # the peer's identity, as logs say it
         self.facts: Facts | None = None
+        self.cut: Failure | None = None  # why we closed it, in the midst of something
         self.deadline = 0.0
         self.address = ""
         self.host = ""  # the address without its port; '' over a UNIX socket
@@ -152,6 +154,10 @@ class Connection(asyncio.Protocol):
         """See asyncio.Protocol."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop's are no subclasses of it
         self.opened = monotonic()
+        self._have(self._made)
+
+    def _made(self) -> None:
+        transport = self.transport
         name = transport.get_extra_info("peername")
         if isinstance(name, tuple):
             self._come_from(_unmapped(name[0]), name[1])
@@ -203,8 +209,11 @@ class Connection(asyncio.Protocol):
 
     def tick(self, moment: float, now: datetime) -> None:
         """Act on the deadline and on the end of trust by time. `moment` is on the clock of `monotonic`."""
+        self._have(self._tick, moment, now)
+
+    def _tick(self, moment: float, now: datetime) -> None:
         if moment >= self.deadline:
-            self._have(self._state.expired)
+            self._state.expired()
         elif self.peer is not None and now >= self.peer.not_after:
             self.end_trust(Failure(Reason.ENDED_EXPIRED))
         else:
@@ -243,8 +252,13 @@ class Connection(asyncio.Protocol):
 
     def end_trust(self, failure: Failure) -> None:
         """Cut the peer off: nothing more goes either way."""
-        self.guard.metrics.ended(failure.reason.code)
         self.event("ended", {"decision": "deny"} | told(failure))
+        self.end(failure)
+
+    def end(self, failure: Failure) -> None:
+        """Close at once, for this reason: what is under way is logged with it."""
+        self.guard.metrics.ended(failure.reason.code)
+        self.cut = failure
         self.abort()
 
     def abort(self) -> None:
@@ -264,6 +278,12 @@ class Connection(asyncio.Protocol):
             failure = self.gate.admit_handshake(self.host, monotonic())
         if failure is not None:
             self.limited(failure)
+
+    def denied(self, failure: Failure, more: dict[str, Any] | None = None) -> None:
+        """Log and count a client that does not come in."""
+        took = monotonic() - self.opened
+        self.guard.metrics.handshake("deny", failure.reason.code, took, self.listener.name)
+        self.event("connection", {"decision": "deny"} | told(failure) | (more or {}))
 
     def limited(self, failure: Failure) -> None:
         """Turn the client away: a limit is reached."""
@@ -322,7 +342,8 @@ class Connection(asyncio.Protocol):
             self._log_unusual(logged, took)
             return
         if not self._prefix:
-            common = {"event": "request", "id": self.id, "address": self.address, "peer": self.who}
+            common: dict[str, str | None] = {"event": "request", "id": self.id, "listener": self.listener.name}
+            common |= {"address": self.address, "peer": self.who}
             self._prefix = encode(common)[1:-1] + b',"request":"%b-' % self.id.encode()
         took, app = int(took * 10_000), int((timing.first_byte - began) * 10_000)  # tenths of a millisecond
         guard.log.emit_line(
@@ -393,7 +414,7 @@ class Connection(asyncio.Protocol):
 
     def event(self, event: str, fields: dict[str, Any]) -> None:
         """Log an event of this connection."""
-        made = {"id": self.id, "address": self.address, "peer": self.who}
+        made = {"id": self.id, "listener": self.listener.name, "address": self.address, "peer": self.who}
         made |= fields
         self.guard.log.emit(event, self.guard.now, made)
 
@@ -407,7 +428,7 @@ class Connection(asyncio.Protocol):
         address = ip_address(host.partition("%")[0])
         return any(address in network for network in self.listener.proxy_from)
 
-    def _have(self, happen: Callable[..., None], *what: bytes | bool) -> None:
+    def _have(self, happen: Callable[..., None], *what: bytes | float | datetime) -> None:
         """Let something happen to the state. What goes wrong in it ends this connection, and no other."""
         try:
             happen(*what)

@@ -38,6 +38,7 @@ _FORWARDED = frozenset(
         *(b"xforwardedfor", b"xforwardedproto", b"forwarded", b"xrealip", b"xforwardedhost", b"xforwardedport"),
         *(b"xforwardedserver", b"xforwardedscheme", b"xforwardedssl", b"xoriginalhost"),
         *(b"trueclientip", b"clientip", b"xclientip", b"xclusterclientip", b"cfconnectingip"),
+        b"proxy",  # CGI makes it HTTP_PROXY, by which the app's own calls would go (httpoxy, CVE-2016-5385)
         *(b"scriptname", b"pathinfo"),  # gunicorn takes these from 127.0.0.1 for its own, and moves the path
     }
 )
@@ -73,8 +74,9 @@ class Caller:
         if monotonic() >= self._renew_at:
             refresh = self.site.refresh_headers
             self._renew_at = monotonic() + refresh if refresh else float("inf")
-            forwarded = ((b"X-Forwarded-For", self._host), (b"X-Forwarded-Proto", b"https"))
-            self._headers = (*forwarded, *self.site.identify(self.peer, guard.now))
+            # Over a UNIX socket there is no address to tell.
+            origin = ((b"X-Forwarded-For", self._host),) if self._host else ()
+            self._headers = (*origin, (b"X-Forwarded-Proto", b"https"), *self.site.identify(self.peer, guard.now))
         return self._headers
 
 

@@ -5,6 +5,7 @@ Nothing in here can reach an app; `_admit` alone makes what can, out of a finish
 
 from __future__ import annotations
 
+import re
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from handfast.guard.http import HttpSession
 from handfast.guard.http2 import Http2Session
 from handfast.guard.http2_refusing import Http2Refusing
 from handfast.guard.ocsp import Verdict
+from handfast.guard.transports import LINGER, LINGER_BYTES
 from handfast.guard.tunnel import Tunnel
 from handfast.pki.certificates import label, serial_text
 from handfast.tls.channel import Channel
@@ -29,11 +31,18 @@ if TYPE_CHECKING:
     from handfast.guard.connection import Connection
 
 MAX_ALSO = 8  # further reasons that a refusal's log line names
-LINGER = 2.0  # seconds for the peer to read why
-LINGER_BYTES = 1 << 18  # and what it may send meanwhile
 
 _HANDSHAKE_RECORD = 0x16  # RFC 8446 5.1; every TLS connection begins with one
-_LETTERS = frozenset(range(0x41, 0x5B))
+# What others begin with who take the port for another one, and what helps them.
+_REQUEST = re.compile(rb"(?!PROXY )[A-Z]{1,16}(?: |$)")
+_STRANGERS = {
+    # https://www.postgresql.org/docs/current/protocol-message-formats.html, SSLRequest
+    b"\x00\x00\x00\x08\x04\xd2\x16\x2f": (
+        "a PostgreSQL client asks for TLS its own way: sslnegotiation=direct, or handfast connect beside it"
+    ),
+    b"PROXY ": "name the proxy that it came through: proxy_protocol_from",
+    b"\r\n\r\n\x00\r\nQUIT\n": "name the proxy that it came through: proxy_protocol_from",
+}
 
 
 class Announced:
@@ -52,7 +61,7 @@ class Announced:
         try:
             read = read_proxy(self._buffer)
         except RemoteProtocolError as error:
-            _denied(connection, error.failure)
+            connection.denied(error.failure)
             connection.abort()
             return
         if read is None:
@@ -78,7 +87,7 @@ class Announced:
 
     def expired(self) -> None:
         """No header came."""
-        _denied(self._connection, Failure(Reason.TLS_TIMEOUT, {"limit": self._connection.limits.handshake}))
+        self._connection.denied(Failure(Reason.TLS_TIMEOUT, {"limit": self._connection.limits.handshake}))
         self._connection.abort()
 
 
@@ -121,7 +130,7 @@ class Handshaking:
     def ended(self) -> None:
         """The client went away in the midst of it."""
         if self._handshake is not None or self._hello is not None:
-            _denied(self._connection, Failure(Reason.TLS_CLOSED))
+            self._connection.denied(Failure(Reason.TLS_CLOSED))
         self._connection.abort()
 
     def writable(self, yes: bool) -> None:
@@ -132,7 +141,7 @@ class Handshaking:
 
     def expired(self) -> None:
         """Too slow: make room for others."""
-        _denied(self._connection, Failure(Reason.TLS_TIMEOUT, {"limit": self._connection.limits.handshake}))
+        self._connection.denied(Failure(Reason.TLS_TIMEOUT, {"limit": self._connection.limits.handshake}))
         self._connection.abort()
 
     def _choose(self, data: bytes) -> ServerHandshake | None:
@@ -156,8 +165,7 @@ class Handshaking:
             self._asked = hello.server_name
             site = sites.pick(hello.server_name)
             if site is None:
-                name = hello.server_name or "nothing (it sent no server name)"
-                self._turn_away(Failure(Reason.TLS_UNKNOWN_NAME, {"name": name}), Alert.UNRECOGNIZED_NAME)
+                self._turn_away(_unknown_name(hello.server_name), Alert.UNRECOGNIZED_NAME)
                 return None
         connection.site = site
         return site.context.accept(lambda: guard.now)
@@ -170,20 +178,23 @@ class Handshaking:
         """
         if self._asked is None or outcome.facts is None or outcome.facts.server_name == self._asked:
             return True
-        _denied(self._connection, Failure(Reason.TLS_BAD_HELLO, {"detail": "it says hello twice, to two names"}))
+        self._connection.denied(Failure(Reason.TLS_BAD_HELLO, {"detail": "it says hello twice, to two names"}))
         self._connection.abort()
         return False
 
     def _turn_away(self, failure: Failure, alert: Alert) -> None:
-        _denied(self._connection, failure)
+        self._connection.denied(failure)
         self._connection.transport.write(alert_record(alert))
         self._connection.linger()
 
     def _not_tls(self, data: bytes) -> None:
         connection = self._connection
-        plain_http = connection.listener.http and data[0] in _LETTERS
+        plain_http = connection.listener.http and _REQUEST.match(data) is not None
         failure = Failure(Reason.TLS_PLAIN_HTTP if plain_http else Reason.TLS_NOT_TLS)
-        _denied(connection, failure)
+        for begins, remedy in _STRANGERS.items():
+            if data.startswith(begins):
+                failure = Failure(Reason.TLS_NOT_TLS, {"remedy": remedy})
+        connection.denied(failure)
         if plain_http:
             connection.transport.write(plain_response(failure.reason.http, refusal_body(failure.reason, connection.id)))
         connection.linger()
@@ -296,11 +307,12 @@ class Gone:
 
 
 def _admit(connection: Connection, accepted: Accepted, verdict: Verdict | None = None) -> None:
+    """Let in who proved who it is, if that still holds, its authority's responder agrees and no limit is reached."""
     guard, peer, facts, listener = connection.guard, accepted.peer, accepted.facts, connection.listener
     # The snapshot may have changed while the handshake ran (ztunnel#1986): judge by the one in force now.
     site = guard.snapshot.sites[listener.name].pick(facts.server_name)
     if site is None:
-        _refuse_accepted(connection, accepted, Failure(Reason.ENDED_POLICY))
+        _refuse_accepted(connection, accepted, _unknown_name(facts.server_name))
         return
     failure = None if site is connection.site else site.objection(peer, guard.now)
     if failure is not None and failure.reason is not Reason.ENDED_POLICY:  # what its policy says is said later
@@ -321,17 +333,32 @@ def _admit(connection: Connection, accepted: Accepted, verdict: Verdict | None =
         return
     if verdict is not None and verdict.unanswered is not None:
         connection.event("ocsp", {"decision": "allow"} | told(verdict.unanswered))
-    shown: dict[str, Any] = {"version": facts.version, "cipher": facts.cipher, "group": facts.group}
+    (_open_http if listener.http else _open_tunnel)(connection, accepted, _shown(connection, accepted))
+
+
+def _shown(connection: Connection, accepted: Accepted) -> dict[str, Any]:
+    """What the log says of a handshake that was finished."""
+    peer, facts = accepted.peer, accepted.facts
+    shown: dict[str, Any] = {"server_name": facts.server_name or None}
+    shown |= {"version": facts.version, "cipher": facts.cipher, "group": facts.group}
     shown["ms"] = round((monotonic() - connection.opened) * 1000, 1)
-    if peer is not None:
-        serial = serial_text(peer.leaf.serial_number)
-        shown = {"authority": peer.identity.authority, "serial": serial} | shown
-    if listener.http:
-        guard.metrics.handshake("accept", "", monotonic() - connection.opened, listener.name)
-        connection.event("connection", {"decision": "accept"} | shown)
-        session = Http2Session if facts.alpn == b"h2" else HttpSession
-        connection.begin(session(connection, Door(connection, site, peer, facts), accepted.channel))
-        return
+    if peer is None:
+        return shown
+    return {"authority": peer.identity.authority, "serial": serial_text(peer.leaf.serial_number)} | shown
+
+
+def _open_http(connection: Connection, accepted: Accepted, shown: dict[str, Any]) -> None:
+    """The policy is asked for each request."""
+    connection.guard.metrics.handshake("accept", "", monotonic() - connection.opened, connection.listener.name)
+    connection.event("connection", {"decision": "accept"} | shown)
+    session = Http2Session if accepted.facts.alpn == b"h2" else HttpSession
+    door = Door(connection, connection.site, accepted.peer, accepted.facts)
+    connection.begin(session(connection, door, accepted.channel))
+
+
+def _open_tunnel(connection: Connection, accepted: Accepted, shown: dict[str, Any]) -> None:
+    """The policy is asked once, here."""
+    guard = connection.guard
     if guard.log.broken:
         _refuse_accepted(connection, accepted, Failure(Reason.GUARD_LOG_FAILED))
         return
@@ -340,14 +367,18 @@ def _admit(connection: Connection, accepted: Accepted, verdict: Verdict | None =
     rule = None if decision.rule is None else str(decision.rule)
     if not decision.allowed:
         failure = Failure(decision.reason, {"who": connection.who, "rule": rule})
-        if decision.reason is Reason.POLICY_NO_RULE and peer is not None:
-            failure = no_rule(peer, None, by_file=guard.by_file)
-        _denied(connection, failure, {"rule": rule} | shown)
+        if decision.reason is Reason.POLICY_NO_RULE and accepted.peer is not None:
+            failure = no_rule(accepted.peer, None, by_file=guard.by_file)
+        connection.denied(failure, {"rule": rule} | shown)
         connection.linger(accepted.channel)
         return
-    guard.metrics.handshake("accept", "", monotonic() - connection.opened, listener.name)
+    guard.metrics.handshake("accept", "", monotonic() - connection.opened, connection.listener.name)
     connection.event("connection", {"decision": "allow", "rule": rule, "reason": decision.reason.code} | shown)
     connection.begin(tunnel)
+
+
+def _unknown_name(name: str) -> Failure:
+    return Failure(Reason.TLS_UNKNOWN_NAME, {"name": cut(name) or "nothing (it sent no server name)"})
 
 
 def _refuse_accepted(connection: Connection, accepted: Accepted, failure: Failure) -> None:
@@ -361,8 +392,10 @@ def _refuse(connection: Connection, refused: Refused) -> None:
     if refused.presented:
         leaf = refused.presented[0]
         shown = {"presented": cut(label(leaf)), "serial": serial_text(leaf.serial_number)}
+    if refused.facts is not None:
+        shown["server_name"] = cut(refused.facts.server_name) or None
     also = list(dict.fromkeys(failure.reason.code for failure in refused.failures[1:]))[:MAX_ALSO] or None
-    _denied(connection, first, {"also": also} | shown)
+    connection.denied(first, {"also": also} | shown)
     if refused.channel is not None and connection.listener.http and refused.facts is not None:
         teller = Http2Refusing if refused.facts.alpn == b"h2" else Refusing
         refusing = teller(connection, refused.channel, first.reason)
@@ -371,10 +404,3 @@ def _refuse(connection: Connection, refused: Refused) -> None:
         refusing.read()
         return
     connection.linger(refused.channel)
-
-
-def _denied(connection: Connection, failure: Failure, more: dict[str, Any] | None = None) -> None:
-    """Log and count a client that does not come in."""
-    took = monotonic() - connection.opened
-    connection.guard.metrics.handshake("deny", failure.reason.code, took, connection.listener.name)
-    connection.event("connection", {"decision": "deny"} | told(failure) | (more or {}))

@@ -63,13 +63,17 @@ class EventLog:
     was collected since the last flush.
     """
 
-    def __init__(self, stream: BinaryIO, *, pretty: bool, lock: int | None = None) -> None:
-        """`lock`: a file's descriptor, for processes that share the stream: a batch is written under its lock."""
+    def __init__(self, stream: BinaryIO, *, pretty: bool, lock: int | None = None, worker: int | None = None) -> None:
+        """`lock`: a file's descriptor, for processes that share the stream: a batch is written under its lock.
+
+        `worker`: which of them this is; it stands in all events but those of usual requests.
+        """
         self.broken = False
         # Opened anew: a lock belongs to the opening, and what is inherited is one and the same (flock(2)).
         self._lock = None if lock is None else os.open(f"/proc/self/fd/{lock}", os.O_RDWR | os.O_CLOEXEC)
         self._stream = stream
         self._pretty = pretty
+        self._worker: dict[str, Any] = {} if worker is None else {"worker": worker}
         self._lines: list[bytes] = []
         self._second, self._words = 0, b""
         self._batches: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -82,7 +86,7 @@ class EventLog:
 
     def emit(self, event: str, when: datetime, fields: dict[str, Any]) -> None:
         """Take one event. Values are JSON values; None is left out. Raises nothing; see `broken`."""
-        self._take((_pretty if self._pretty else _json)(event, when, fields))
+        self._take((_pretty if self._pretty else _json)(event, when, self._worker | fields))
 
     def emit_line(self, line: bytes) -> None:
         """Take one event that is a line of JSON already, without `time`; only where `plain`."""
@@ -212,7 +216,7 @@ def _json(event: str, when: datetime, fields: dict[str, Any]) -> bytes:
     return encode({"event": event, "time": when} | {k: v for k, v in fields.items() if v is not None}) + b"\n"
 
 
-_HIDDEN = frozenset({"authority", "serial", "facts", "version", "cipher", "group"})
+_HIDDEN = frozenset({"listener", "worker", "authority", "serial", "facts", "version", "cipher", "group"})
 
 
 def _pretty(event: str, when: datetime, fields: dict[str, Any]) -> bytes:

@@ -64,14 +64,14 @@ class HealthChecks:
         task = group.dial_one(backend, probe)
         try:
             async with asyncio.timeout(health.timeout.total_seconds()):
-                good = await probe.answered
+                fault = await probe.answered
         except TimeoutError:
-            good = False
+            fault = f"no answer in {health.timeout.total_seconds():g} s"
         finally:
             task.cancel()
             probe.close()
         streak = self._streaks.get(id(backend), 0)
-        streak = max(streak, 0) + 1 if good else min(streak, 0) - 1
+        streak = min(streak, 0) - 1 if fault else max(streak, 0) + 1
         self._streaks[id(backend)] = streak
         up = backend.healthy
         if not up and streak >= health.rise:
@@ -80,14 +80,14 @@ class HealthChecks:
             backend.healthy = False
         if backend.healthy is not up:
             said = {"upstream": group.name, "target": str(backend.target), "healthy": backend.healthy}
-            self._log.emit("health", datetime.now(UTC), said)
+            self._log.emit("health", datetime.now(UTC), said | {"detail": fault or None})
 
 
 class _Probe:
     """The owner of a connection that only asks whether the backend serves."""
 
     def __init__(self, backend: Backend, path: str | None) -> None:
-        self.answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self.answered: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._backend = backend
         self._path = path
         self._upstream: Upstream | SecureUpstream | None = None
@@ -102,7 +102,7 @@ class _Probe:
         """See Owner."""
         self._upstream = upstream
         if self._path is None or not self._backend.target.http or self._backend.target.speech.value == "h2":
-            self._say(True)
+            self._say("")
             return
         host = self._backend.target.host or "localhost"
         lines = (f"GET {self._path} HTTP/1.1", f"Host: {host}", "User-Agent: handfast-health", "Connection: close")
@@ -110,7 +110,7 @@ class _Probe:
 
     def upstream_failed(self, failure: Failure) -> None:
         """See Owner."""
-        self._say(False)
+        self._say(failure.message)
 
     def upstream_data(self, data: bytes) -> None:
         """See Owner."""
@@ -118,25 +118,27 @@ class _Probe:
         try:
             end = find_head(self._answer)
             if end >= 0:
-                self._say(200 <= parse_response_head(self._answer[:end], b"GET").status < 400)
-        except RemoteProtocolError:
-            self._say(False)
+                status = parse_response_head(self._answer[:end], b"GET").status
+                self._say("" if 200 <= status < 400 else f"status {status}")
+        except RemoteProtocolError as error:
+            self._say(f"no answer of HTTP: {error.failure.message}")
 
     def upstream_ended(self) -> None:
         """See Owner."""
-        self._say(False)
+        self._say("it closed without an answer")
 
     def upstream_lost(self, reset: bool) -> None:
         """See Owner."""
-        self._say(False)
+        self._say("it closed without an answer")
 
     def upstream_writable(self, yes: bool) -> None:
         """The one request always fits."""
 
     def upstream_bug(self, bug: Exception) -> None:
         """See Owner."""
-        self._say(False)
+        self._say(repr(bug)[:200])
 
-    def _say(self, good: bool) -> None:
+    def _say(self, fault: str) -> None:
+        """What is wrong with it; '' for nothing."""
         if not self.answered.done():
-            self.answered.set_result(good)
+            self.answered.set_result(fault)

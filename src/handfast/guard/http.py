@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 MAX_REFUSALS = 256  # in a row, after which a connection is closed
 REST = 10.0  # seconds without a request after which a connection keeps no more than it must
+LATELY = 2.0  # seconds after an answer within which the next request may be on its way already
 _NO_BODY = body_reader(BodyKind.NONE, 0)
 # What is said of one request, and not of those that may follow it on the connection.
 _OTHERS_MAY = frozenset(
@@ -149,7 +150,8 @@ class HttpSession:
         """The client is gone."""
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
-            self._log(exchange, outcome="finished" if exchange.tunnel else "client gone")
+            cut = self._connection.cut
+            self._log(exchange, cut, "finished" if exchange.tunnel else "client gone" if cut is None else None)
         self._drop_upstream(cut=exchange is not None and not exchange.body.done)
 
     def expired(self) -> None:
@@ -181,20 +183,26 @@ class HttpSession:
             self._connection.abort()
 
     def finish(self) -> None:
-        """Answer what is under way, then close. Who came in and has not asked yet may do so once."""
+        """Answer what is under way, then close.
+
+        Who has asked lately, or not at all yet, has a moment for one more request: its answer says that the connection
+        closes. Closed at once, it would meet a request that is on its way already, and some cannot be asked again.
+        """
         self._finishing = True
         if self._closed:
             return
-        if not self._count:
-            self._connection.hurry()
-        elif self._exchange is None and not self._buffer:
+        if self._count and self._exchange is None and not self._buffer and self._idle(monotonic()) > LATELY:
             self._close()
+        elif self._exchange is None:
+            self._connection.hurry()
+
+    def _idle(self, moment: float) -> float:
+        """For how many seconds nothing has been asked; `moment` is on the clock of `monotonic`."""
+        return moment - (self._connection.deadline - self._connection.limits.idle)
 
     def rest(self, moment: float) -> None:
         """Give back what an idle connection does not need; `moment` is on the clock of `monotonic`."""
-        connection = self._connection
-        idle = moment - (connection.deadline - connection.limits.idle)
-        if self._rested or self._exchange is not None or self._dialling is not None or idle < REST:
+        if self._rested or self._exchange is not None or self._dialling is not None or self._idle(moment) < REST:
             return
         self._rested = True
         self._drop_upstream()
@@ -306,7 +314,11 @@ class HttpSession:
             self._refuse(Failure(Reason.HTTP_BODY_TOO_LARGE, {"limit": limit}), head)
             return False
         if judged.route.upstreams.target.speech is Speech.HTTP2:  # it takes no HTTP/1.1
-            self._refuse(Failure(Reason.HTTP_VERSION), head)
+            facts = {
+                "detail": "the app takes HTTP/2 alone",
+                "remedy": "call with HTTP/2, or give the app an http:// target",
+            }
+            self._refuse(Failure(Reason.HTTP_VERSION, facts), head)
             return False
         self._forward(head, judged)
         return True
@@ -527,8 +539,10 @@ class HttpSession:
             self._drop_upstream()
         if not exchange.keep or self._channel.at_eof:
             self._close()
-        else:
-            self._connection.set_deadline(self._connection.limits.idle)
+            return
+        self._connection.set_deadline(self._connection.limits.idle)
+        if self._finishing:  # the client was told before that the connection stays
+            self._connection.hurry()
 
     def _upstream_gone(self, *, reset: bool) -> None:
         """The app closed its side: the end of an answer, or a failure."""
@@ -538,7 +552,7 @@ class HttpSession:
         self._drop_upstream()
         if exchange is None:
             return
-        if exchange.again is not None and exchange.tries < max(1, exchange.admission.route.upstreams.retries):
+        if exchange.again is not None and exchange.tries < exchange.admission.route.upstreams.retries:
             exchange.tries += 1  # it is safe, and nothing was answered: a kept connection that ended, or a crash
             exchange.waiting = [exchange.again]
             self._dial(exchange.admission.route.upstreams)
@@ -598,6 +612,8 @@ class HttpSession:
             self._close()
         elif exchange.tunnel or not exchange.body.done:
             self._connection.abort()
+        else:
+            self._finishing, exchange.keep = True, False  # no other request can come
 
     def _flush(self) -> None:
         if records := self._channel.take():

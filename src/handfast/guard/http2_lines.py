@@ -284,7 +284,7 @@ class Line:
             return
         if self._again is not None and self._upstream is not None:
             self._upstream.blame()
-        if self._again is not None and self._tries < max(1, self.upstreams.retries):
+        if self._again is not None and self._tries < self.upstreams.retries:
             self._tries += 1  # it is safe, and nothing was answered: a kept connection that ended, or a crash
             self.drop()
             self._stream, self._out = stream, [self._again]

@@ -138,7 +138,8 @@ class Stream:
     def gone(self) -> None:
         """The client reset the stream, or is gone itself."""
         finished = self._lasting and self.status != 0
-        self.log(outcome="finished" if finished else "client gone")
+        cut = self._session.connection.cut
+        self.log(cut, "finished" if finished else "client gone" if cut is None else None)
         self._end(ErrorCodes.CANCEL)
 
     def pump(self) -> None:

@@ -2,7 +2,8 @@
 
     Snapshot -> Sites of a listener -> pick(SNI) -> Site -> route(request) -> Upstreams
 
-Nothing in here changes once made; what lives on between snapshots (backends, counters) is only referred to.
+What decides never changes once made; a site beside that remembers what it found. What lives on between snapshots
+(backends, counters) is only referred to.
 """
 
 from __future__ import annotations
@@ -173,10 +174,9 @@ class Sites:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that decides, for each listener by its name. `generation` counts them."""
+    """All that decides, for each listener by its name."""
 
     sites: Mapping[str, Sites]
-    generation: int = 0
 
 
 def one_site(context: ServerContext, policy: Policy, upstreams: Upstreams) -> Sites:

@@ -86,7 +86,9 @@ class LimitsConfig:
     connections_per_address: int | None = None
     handshakes_per_second: float | None = None
     handshakes_per_second_per_address: float | None = None
+    handshakes_per_second_per_identity: float | None = None
     requests_per_second: float | None = None
+    requests_per_second_per_address: float | None = None
     requests_per_second_per_identity: float | None = None
     burst: int | None = None
     max_body: int | None = None  # bytes
@@ -172,6 +174,7 @@ class UpstreamConfig:
     key: Path | None = None
     server_name: str | None = None
     expect: str | None = None
+    tls_min: TlsVersion = TlsVersion.TLS13
     proxy_protocol: ProxyProtocol = ProxyProtocol.OFF
     connect: timedelta | None = None  # None: the listener's limit
     response: timedelta | None = None  # None: the listener's limit

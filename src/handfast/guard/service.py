@@ -96,7 +96,10 @@ class Guard:
         except OSError:
             copy.close()
             raise
-        self._servers.append(server)
+        if self.draining:  # it was told to stop meanwhile
+            server.close()
+        else:
+            self._servers.append(server)
 
     async def _resume(self) -> None:
         """Accept again, once there is room for some."""
@@ -129,7 +132,7 @@ class Guard:
         while self.connections and monotonic() < self.drain_until:
             await asyncio.sleep(0.05)
         for connection in list(self.connections):
-            connection.abort()
+            connection.end(Failure(Reason.ENDED_STOPPED, {"limit": f"{self.drain:g}"}))
         if self._ticker is not None:
             self._ticker.cancel()
         if self._flusher is not None:

@@ -128,7 +128,11 @@ class Tunnel:
     def upstream_failed(self, failure: Failure) -> None:
         """See Owner."""
         self._connection.event("upstream", told(failure))
-        self._close()
+        if self._upstream is None:
+            self._close()
+        else:  # in the midst of things: the client must not take it for the end
+            self._upstream = None
+            self._connection.abort()
 
     def upstream_data(self, data: bytes) -> None:
         """See Owner."""

@@ -8,22 +8,23 @@ one connection, in the clear and over TLS of our own, and look the same to their
 from __future__ import annotations
 
 import asyncio
-import socket
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from time import monotonic
 from typing import Protocol, cast
 
 from handfast.errors import Failure, Reason, RemoteProtocolError, VerificationFailed
 from handfast.guard.places import Target, no_way
 from handfast.guard.schema import HealthConfig
+from handfast.guard.transports import reset, tell, was_reset
+from handfast.pki.verification import VerifiedPeer
 from handfast.tls.channel import Channel, TlsBroken
 from handfast.wire.proxy import proxy_v2
 from handfast.wire.usual import Answers
 
-_RESET = struct.pack("ii", 1, 0)  # socket(7): with a linger time of zero, close sends RST
 _ALERT = b"\x15\x03"  # how a record with an alert begins, in every version of TLS (RFC 8446 5.1)
+LOOK = 1.0  # seconds between two looks at whether an app's certificate has ended
 _REST = (0.2, 30.0)  # seconds, shortest and longest, that a backend which took no connection is left alone
 
 
@@ -34,7 +35,7 @@ class Owner(Protocol):
         """It can be written to."""
 
     def upstream_failed(self, failure: Failure) -> None:
-        """It could not be opened."""
+        """It could not be opened; or, after `upstream_open`, it may not go on: nothing more comes of it."""
 
     def upstream_data(self, data: bytes) -> None:
         """The app sent bytes."""
@@ -60,6 +61,10 @@ class Handshake(Protocol):
 
     def take(self) -> bytes:
         """Return the records that wait to be sent."""
+
+    @property
+    def peer(self) -> VerifiedPeer | None:
+        """Who the server is, once there is a channel."""
 
 
 @dataclass(slots=True)
@@ -185,11 +190,11 @@ class Upstream(asyncio.Protocol):
     def eof_received(self) -> bool:
         """See asyncio.Protocol."""
         if (owner := self._owner) is not None:
-            if _was_reset(self._transport):
+            if was_reset(self._transport):
                 self._owner = None
-                _tell(owner, owner.upstream_lost, True)
+                tell(owner.upstream_bug, owner.upstream_lost, True)
             else:
-                _tell(owner, owner.upstream_ended)
+                tell(owner.upstream_bug, owner.upstream_ended)
         return self._owner is not None
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -197,17 +202,17 @@ class Upstream(asyncio.Protocol):
         self._backend.connections -= 1
         owner, self._owner = self._owner, None
         if owner is not None:
-            _tell(owner, owner.upstream_lost, exc is not None)
+            tell(owner.upstream_bug, owner.upstream_lost, exc is not None)
 
     def pause_writing(self) -> None:
         """See asyncio.Protocol."""
         if (owner := self._owner) is not None:
-            _tell(owner, owner.upstream_writable, False)
+            tell(owner.upstream_bug, owner.upstream_writable, False)
 
     def resume_writing(self) -> None:
         """See asyncio.Protocol."""
         if (owner := self._owner) is not None:
-            _tell(owner, owner.upstream_writable, True)
+            tell(owner.upstream_bug, owner.upstream_writable, True)
 
     @property
     def usable(self) -> bool:
@@ -229,15 +234,22 @@ class Upstream(asyncio.Protocol):
         `cut`: what was sent is not whole, and the app must not take a quiet end for its end: reset it.
         """
         self._owner = None
-        _abort(self._transport, cut)
+        _abort(self._transport, cut=cut)
 
 
 class SecureUpstream(asyncio.Protocol):
-    """One connection to a backend, over TLS. `opened` is done once the server is verified, or failed."""
+    """One connection to a backend, over TLS, until its certificate ends.
 
-    __slots__ = ("_backend", "_channel", "_handshake", "_held", "_owner", "_transport", "opened")
+    `opened` is done once the server is verified, or failed.
+    """
+
+    __slots__ = (
+        *("_backend", "_channel", "_handshake", "_held", "_looking", "_owner", "_transport", "_trusted_until"),
+        "opened",
+    )
 
     _transport: asyncio.Transport
+    _trusted_until: datetime  # set once the server is verified
 
     def __init__(self, owner: Owner, backend: Backend, handshake: Handshake, opened: asyncio.Future[None]) -> None:
         self._owner: Owner | None = owner
@@ -245,6 +257,7 @@ class SecureUpstream(asyncio.Protocol):
         self._handshake = handshake
         self._channel: Channel | None = None
         self._held = False  # by the owner, who reads no more for now
+        self._looking: asyncio.TimerHandle | None = None
         self.opened = opened
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -259,6 +272,7 @@ class SecureUpstream(asyncio.Protocol):
 
     def start(self) -> None:
         """Read on: the owner knows that it is open."""
+        self._look()
         if not self._held and self._owner is not None:
             self._transport.resume_reading()
             self.data_received(b"")
@@ -287,10 +301,12 @@ class SecureUpstream(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
         self._backend.connections -= 1
+        if self._looking is not None:
+            self._looking.cancel()
         if exc is None and self._channel is not None and self._channel.at_eof:
             owner, self._owner = self._owner, None
             if owner is not None:
-                _tell(owner, owner.upstream_lost, False)
+                tell(owner.upstream_bug, owner.upstream_lost, False)
         else:
             self.connection_lost_early()
 
@@ -300,17 +316,17 @@ class SecureUpstream(asyncio.Protocol):
             self.opened.set_exception(ConnectionError("it closed in the midst of the TLS handshake"))
         owner, self._owner = self._owner, None
         if owner is not None and self._channel is not None:
-            _tell(owner, owner.upstream_lost, True)
+            tell(owner.upstream_bug, owner.upstream_lost, True)
 
     def pause_writing(self) -> None:
         """See asyncio.Protocol."""
         if (owner := self._owner) is not None and self._channel is not None:
-            _tell(owner, owner.upstream_writable, False)
+            tell(owner.upstream_bug, owner.upstream_writable, False)
 
     def resume_writing(self) -> None:
         """See asyncio.Protocol."""
         if (owner := self._owner) is not None and self._channel is not None:
-            _tell(owner, owner.upstream_writable, True)
+            tell(owner.upstream_bug, owner.upstream_writable, True)
 
     @property
     def usable(self) -> bool:
@@ -353,7 +369,7 @@ class SecureUpstream(asyncio.Protocol):
     def drop(self, *, cut: bool = False) -> None:
         """As Upstream.drop."""
         self._owner = None
-        _abort(self._transport, cut)
+        _abort(self._transport, cut=cut)
 
     def _greet(self, records: bytes) -> None:
         try:
@@ -365,9 +381,31 @@ class SecureUpstream(asyncio.Protocol):
             return
         self._transport.write(self._handshake.take())
         if channel is not None and not self.opened.done():
-            self._channel = channel
+            peer = self._handshake.peer
+            assert peer is not None
+            self._channel, self._trusted_until = channel, peer.not_after
             self._transport.pause_reading()  # until `start`: the owner hears that it is open before anything else
             self.opened.set_result(None)
+
+    def _look(self) -> None:
+        """End it once the app's certificate has ended.
+
+        It is looked at again and again: the loop's clock and that of certificates drift apart when the one is set, or
+        when the machine sleeps.
+        """
+        if self._owner is None or self._transport.is_closing():
+            return
+        left = (self._trusted_until - datetime.now(UTC)).total_seconds()
+        if left > 0:
+            self._looking = asyncio.get_running_loop().call_later(min(left, LOOK), self._look)
+            return
+        owner, self._owner = self._owner, None
+        target = str(self._backend.target)
+        detail = "its certificate expired during the connection"
+        facts = {"target": target, "detail": detail, "remedy": f"renew the certificate of {target}"}
+        tell(owner.upstream_bug, owner.upstream_failed, Failure(Reason.UPSTREAM_TLS, facts))
+        if not self._transport.is_closing():
+            reset(self._transport)
 
     def _read(self, owner: Owner, channel: Channel) -> None:
         while True:
@@ -388,32 +426,12 @@ class SecureUpstream(asyncio.Protocol):
             owner.upstream_ended()
 
 
-def _was_reset(transport: asyncio.Transport) -> bool:
-    """Whether an end is none: libuv tells of a reset that comes together with bytes as of an end after them."""
-    plug = transport.get_extra_info("socket")
-    return plug is not None and plug.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
-
-
-def _abort(transport: asyncio.Transport, cut: bool) -> None:
-    plug = transport.get_extra_info("socket")
-    if cut and plug is not None:
-        plug.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-    transport.abort()
-
-
-def _tell(owner: Owner, what: Callable[..., None], *news: bytes | bool | Failure | Upstream | SecureUpstream) -> None:
-    try:
-        what(*news)
-    except Exception as bug:
-        owner.upstream_bug(bug)
-
-
 def _hand_over(owner: Owner, opened: Upstream | SecureUpstream | Failure) -> None:
     """Tell the owner how it went."""
     if isinstance(opened, Failure):
-        _tell(owner, owner.upstream_failed, opened)
+        tell(owner.upstream_bug, owner.upstream_failed, opened)
         return
-    _tell(owner, owner.upstream_open, opened)
+    tell(owner.upstream_bug, owner.upstream_open, opened)
     if isinstance(opened, SecureUpstream):
         opened.start()
 
@@ -449,7 +467,10 @@ async def _open(
     except TimeoutError:
         failure = _down(target, f"no answer in {group.connect:g} s")
     except (TlsBroken, VerificationFailed) as refused:
-        failure = Failure(Reason.UPSTREAM_TLS, {"target": str(target), "detail": refused.failure.message})
+        facts = {"target": str(target), "detail": refused.failure.message}
+        if refused.failure.facts.get("alert") == "protocol_version":  # RFC 8446 6.2
+            facts["remedy"] = 'it may speak TLS 1.2 at most: tls_min = "1.2" in its [upstream.NAME] allows that'
+        failure = Failure(Reason.UPSTREAM_TLS, facts)
     except (OSError, UnicodeError) as error:
         failure = _down(target, no_way(error))
     except asyncio.CancelledError:
@@ -461,6 +482,13 @@ async def _open(
     if opened.done() and not opened.cancelled():
         opened.exception()  # looked at, so that the loop does not complain of it
     return failure
+
+
+def _abort(transport: asyncio.Transport, *, cut: bool) -> None:
+    if cut:
+        reset(transport)
+    else:
+        transport.abort()
 
 
 def _discard(made: list[Upstream | SecureUpstream]) -> None:

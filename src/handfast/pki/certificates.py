@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import ExtensionOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 
 from handfast.errors import InvalidInput, Reason
 from handfast.pki import der
@@ -34,6 +34,17 @@ UNREADABLE = (
 
 # String types of a subject that can spell one text in several ways (X.520; RFC 5280 4.1.2.4 has retired them).
 _RETIRED_STRINGS = {0x14: "TeletexString", 0x1C: "UniversalString", 0x1E: "BMPString"}
+
+
+_USAGES = {
+    ExtendedKeyUsageOID.SERVER_AUTH: "server",
+    ExtendedKeyUsageOID.CLIENT_AUTH: "client",
+    ExtendedKeyUsageOID.EMAIL_PROTECTION: "email",
+    ExtendedKeyUsageOID.CODE_SIGNING: "code signing",
+    ExtendedKeyUsageOID.TIME_STAMPING: "time stamping",
+    ExtendedKeyUsageOID.OCSP_SIGNING: "OCSP signing",
+    ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE: "any",
+}
 
 
 def parse_certificates(data: bytes, what: str) -> tuple[x509.Certificate, ...]:
@@ -113,6 +124,19 @@ def is_authority(certificate: x509.Certificate) -> bool:
         return certificate.version is x509.Version.v1 and certificate.issuer == certificate.subject
     except UNREADABLE:
         return False
+
+
+def extended_usages(certificate: x509.Certificate) -> tuple[x509.ObjectIdentifier, ...] | None:
+    """What its extended key usage lists (RFC 5280 4.2.1.12); None without one. Raises what UNREADABLE lists."""
+    try:
+        return tuple(certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
+    except x509.ExtensionNotFound:
+        return None
+
+
+def usage_text(usage: x509.ObjectIdentifier) -> str:
+    """How messages call an extended key usage: `client`, `server`, or its number."""
+    return _USAGES.get(usage, usage.dotted_string)
 
 
 @dataclass(frozen=True, slots=True)

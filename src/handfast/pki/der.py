@@ -12,7 +12,6 @@ from handfast.errors import InvalidInput, Reason
 
 SEQUENCE = 0x30
 OBJECT_IDENTIFIER = 0x06
-BOOLEAN = 0x01
 OCTET_STRING = 0x04
 
 _LONGEST_OID = 128  # octets; real ones have under 20, and large numbers are slow to write in decimal

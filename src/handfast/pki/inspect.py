@@ -16,7 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
+from cryptography.x509.oid import ExtensionOID
 
 from handfast.errors import HandfastError, InvalidInput, IssuanceRefused, Reason
 from handfast.pki import der
@@ -28,7 +28,9 @@ from handfast.pki.certificates import (
     is_authority,
     parse_certificates,
     serial_text,
+    usage_text,
 )
+from handfast.pki.floor import BROKEN_HASHES
 from handfast.pki.keys import parse_private_key, weakness
 from handfast.pki.names import Kind, printable
 from handfast.pki.pkcs12 import parse_p12
@@ -42,15 +44,6 @@ _MOST_OBJECTS = 1000  # of one file that are shown
 _APPLE_LIMIT = timedelta(days=825)  # support.apple.com/en-us/103769: also for authorities of one's own
 _UNREADABLE = (InvalidInput, *UNREADABLE)
 
-_PURPOSES = {
-    ExtendedKeyUsageOID.SERVER_AUTH: "server",
-    ExtendedKeyUsageOID.CLIENT_AUTH: "client",
-    ExtendedKeyUsageOID.EMAIL_PROTECTION: "email",
-    ExtendedKeyUsageOID.CODE_SIGNING: "code signing",
-    ExtendedKeyUsageOID.TIME_STAMPING: "time stamping",
-    ExtendedKeyUsageOID.OCSP_SIGNING: "OCSP signing",
-    ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE: "any",
-}
 _KEY_USAGES = (
     "digital_signature",
     "content_commitment",
@@ -191,7 +184,7 @@ def _extensions(certificate: x509.Certificate, facts: Facts) -> None:
             case x509.KeyUsage() as value:
                 facts["key_usages"] = [usage.replace("_", " ") for usage in _KEY_USAGES if getattr(value, usage)]
             case x509.ExtendedKeyUsage() as value:
-                facts["purposes"] = [_PURPOSES.get(usage, usage.dotted_string) for usage in value]
+                facts["purposes"] = [usage_text(usage) for usage in value]
             case x509.NameConstraints() as value:
                 facts["permitted_names"] = [_base_text(base) for base in value.permitted_subtrees or ()]
                 facts["excluded_names"] = [_base_text(base) for base in value.excluded_subtrees or ()]
@@ -296,7 +289,7 @@ def _dislikes(certificate: x509.Certificate, facts: Facts) -> list[str]:
         found.append("its serial number is not positive, or longer than 20 octets (RFC 5280 4.1.2.2)")
     if certificate.not_valid_after_utc <= certificate.not_valid_before_utc:
         found.append("it ends before it begins")
-    if facts.get("signature_hash") in ("md5", "sha1") and certificate.issuer != certificate.subject:
+    if facts.get("signature_hash") in BROKEN_HASHES and certificate.issuer != certificate.subject:
         found.append(f"it is signed with {facts['signature_hash']}, which is broken")
     try:
         weak = weakness(certificate.public_key())

@@ -42,7 +42,7 @@ class KeyType(StrEnum):
     RSA4096 = "rsa4096"
 
 
-_CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
+CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 _RSA_TYPES = {2048: KeyType.RSA2048, 3072: KeyType.RSA3072, 4096: KeyType.RSA4096}
 
 _RSA_LEAST, _RSA_MOST = 2048, 8192  # bits; NIST SP 800-131A asks the first, the cost of a handshake the second
@@ -82,7 +82,7 @@ def weakness(key: object) -> str | None:
     """
     match key:
         case ec.EllipticCurvePublicKey():  # the point was checked to be on its curve when it was loaded
-            return None if isinstance(key.curve, _CURVES) else f"the curve {key.curve.name}; P-256 or P-384 is asked"
+            return None if isinstance(key.curve, CURVES) else f"the curve {key.curve.name}; P-256 or P-384 is asked"
         case ed25519.Ed25519PublicKey():
             return _ed25519_weakness(key.public_bytes(Encoding.Raw, PublicFormat.Raw))
         case rsa.RSAPublicKey():

@@ -19,7 +19,8 @@ from cryptography.x509 import ocsp
 from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID, ExtensionOID
 
 from handfast.errors import Reason, RemoteProtocolError
-from handfast.pki.certificates import UNREADABLE, label
+from handfast.pki.certificates import UNREADABLE, extended_usages, label
+from handfast.pki.floor import broken_hash, weak_size
 
 MAX_ANSWER = 64 << 10  # bytes; real ones have 0.5 to 3 KiB
 SKEW = timedelta(minutes=5)  # by how much clocks may differ; the default of `openssl ocsp -validity_period`
@@ -28,8 +29,7 @@ NONCE = 32  # bytes (RFC 9654 2.1)
 
 _MAX_SIGNERS = 4  # certificates in an answer that are looked at
 _MAX_URLS = 4
-_BROKEN_HASHES = frozenset({"md5", "sha1"})  # RFC 6151, RFC 9155
-_CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
+_NOT_ACCEPTED = "its signer's key is of a kind or size that is not accepted"
 _CRITICAL = b"\x01\x01\xff"  # BOOLEAN TRUE in DER: without these bytes, nothing in an answer is critical
 
 # What a responder says in place of an answer (4.2.1). Nobody signs it.
@@ -215,10 +215,7 @@ def _delegate_flaw(delegate: x509.Certificate, question: Question, now: datetime
     except (InvalidSignature, *UNREADABLE):
         return "its signer was not certified by the issuer"
     extensions = delegate.extensions
-    try:
-        if ExtendedKeyUsageOID.OCSP_SIGNING not in extensions.get_extension_for_class(x509.ExtendedKeyUsage).value:
-            return "its signer may not sign OCSP answers"
-    except x509.ExtensionNotFound:
+    if ExtendedKeyUsageOID.OCSP_SIGNING not in (extended_usages(delegate) or ()):
         return "its signer may not sign OCSP answers"
     if not delegate.not_valid_before_utc <= now <= delegate.not_valid_after_utc:
         return f"its signer's certificate is not valid now ({label(delegate)})"
@@ -227,9 +224,8 @@ def _delegate_flaw(delegate: x509.Certificate, question: Question, now: datetime
             return "its signer's key may not sign"
     except x509.ExtensionNotFound:
         pass
-    algorithm = delegate.signature_hash_algorithm
-    if algorithm is not None and algorithm.name in _BROKEN_HASHES:
-        return f"its signer's certificate is signed with {algorithm.name.upper()}"
+    if broken := broken_hash(delegate.signature_hash_algorithm):
+        return f"its signer's certificate is signed with {broken}"
     unknown = [one.oid for one in extensions if one.critical and one.oid not in _UNDERSTOOD_IN_SIGNERS]
     if unknown:
         return f"its signer's certificate has a critical extension that is not understood ({unknown[0].dotted_string})"
@@ -239,20 +235,22 @@ def _delegate_flaw(delegate: x509.Certificate, question: Question, now: datetime
 def _signature_flaw(response: ocsp.OCSPResponse, signer: x509.Certificate) -> str:
     key, signature, signed = signer.public_key(), response.signature, response.tbs_response_bytes
     algorithm = response.signature_hash_algorithm
-    if algorithm is not None and algorithm.name in _BROKEN_HASHES:
-        return f"it is signed with {algorithm.name.upper()}"
+    if broken := broken_hash(algorithm):
+        return f"it is signed with {broken}"
+    if weak_size(key):
+        return _NOT_ACCEPTED
     try:
         match key:
-            case rsa.RSAPublicKey() if 2048 <= key.key_size <= 16384 and algorithm is not None:
+            case rsa.RSAPublicKey() if algorithm is not None:
                 key.verify(signature, signed, padding.PKCS1v15(), algorithm)
-            case ec.EllipticCurvePublicKey() if isinstance(key.curve, _CURVES) and algorithm is not None:
+            case ec.EllipticCurvePublicKey() if algorithm is not None:
                 key.verify(signature, signed, ec.ECDSA(algorithm))
             case ed25519.Ed25519PublicKey() | ed448.Ed448PublicKey():
                 key.verify(signature, signed)
             case mldsa.MLDSA44PublicKey() | mldsa.MLDSA65PublicKey() | mldsa.MLDSA87PublicKey():
                 key.verify(signature, signed)
             case _:
-                return "its signer's key is of a kind or size that is not accepted"
+                return _NOT_ACCEPTED
     except InvalidSignature:
         return "its signature is not its signer's"
     return ""

@@ -7,7 +7,7 @@ not understood is a failure, never a pass.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -17,11 +17,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from handfast.errors import Failure, InvalidInput, IssuanceRefused, Reason
 from handfast.pki.certificates import UNREADABLE, label, serial_text
+from handfast.pki.floor import broken_hash
 from handfast.pki.issuing import Issuer, authority_key_id, signature_hash
 from handfast.pki.profiles import BACKDATE
 
 _PEM = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.S)
-_BROKEN_HASHES = frozenset({"md5", "sha1"})  # RFC 6151, RFC 9155
 _CRITICAL = b"\x01\x01\xff"  # BOOLEAN TRUE in DER: without these bytes, nothing in a list is critical
 _MOST_KEYS = 1024  # issuers' keys whose lists are remembered; more would only be an attacker's
 
@@ -55,6 +55,10 @@ def parse_crls(data: bytes, what: str) -> tuple[x509.CertificateRevocationList, 
     except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         detail = str(error).split("\n")[0][:100]
         raise InvalidInput(Reason.INPUT_NOT_CRL, what=what, detail=detail) from None
+
+
+# The number and the date of an issuer's newest list, by the issuer's name in DER.
+Newest = Mapping[bytes, tuple[int, datetime]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,19 +115,21 @@ class CrlSet:
             return _invalid(facts, "it is dated in the future")
         return None
 
-    def rolled_back_from(self, before: CrlSet) -> Failure | None:
-        """Return why these lists must not replace `before`: one of the same issuer is older. Raises nothing.
+    def newest(self) -> Newest:
+        """Return which list of each issuer is the newest."""
+        return {name: max((one.number, one.last_update) for one in lists) for name, lists in self._lists.items()}
 
-        An old list is still signed and may still be in its time, and would un-revoke what was revoked since.
+    def rolled_back_from(self, held: Newest) -> Failure | None:
+        """Return why these lists must not come after what was `held`: one of the same issuer is older. Raises nothing.
+
+        An old list is still signed and may still be in its time, and would un-revoke what was revoked since. For an
+        issuer without a list here there is nothing to say: its certificates are refused (VERIFY_CRL_MISSING).
         """
-        for name, lists in before._lists.items():
-            if name not in self._lists:
-                continue  # its certificates are refused then (VERIFY_CRL_MISSING)
-            held = max((one.number, one.last_update) for one in lists)
-            given = max((one.number, one.last_update) for one in self._lists[name])
-            if given < held:
-                issuer = lists[0].crl.issuer.rfc4514_string()[:200]
-                return Failure(Reason.VERIFY_CRL_OLDER, {"issuer": issuer, "held": held[0], "given": given[0]})
+        for name, given in self.newest().items():
+            if name in held and given < held[name]:
+                issuer = self._lists[name][0].crl.issuer.rfc4514_string()[:200]
+                then, now = (f"number {number} of {when:%Y-%m-%d %H:%M:%S}" for number, when in (held[name], given))
+                return Failure(Reason.VERIFY_CRL_OLDER, {"issuer": issuer, "held": then, "given": now})
         return None
 
     def _signed_by(self, name: bytes, issuer: x509.Certificate) -> _List | None:
@@ -205,9 +211,8 @@ def _number(crl: x509.CertificateRevocationList) -> int:
 
 def _flaw(crl: x509.CertificateRevocationList) -> str:
     try:
-        algorithm = crl.signature_hash_algorithm
-        if algorithm is not None and algorithm.name in _BROKEN_HASHES:
-            return f"it is signed with {algorithm.name.upper()}"
+        if broken := broken_hash(crl.signature_hash_algorithm):
+            return f"it is signed with {broken}"
         if _CRITICAL not in crl.tbs_certlist_bytes:
             return ""
         # RFC 5280 5.2: issuingDistributionPoint (partial or indirect) and deltaCRLIndicator are critical.

@@ -1,8 +1,8 @@
 """Verification: does this chain prove who its holder claims to be, here, now, for this use?
 
-`verify` is the only maker of a VerifiedPeer. A judge decides on the path: `cryptography`'s verifier, or
-OpenSSL through a Judgement that `tls` hands in. Our own rules come on top and are stricter; our diagnosis
-says why a chain was refused, in full, and never overturns the judge.
+`verify` is the only maker of a VerifiedPeer. A judge decides on the path: OpenSSL, whose Judgement `tls` hands in.
+Our own rules come on top and are stricter; our diagnosis says why a chain was refused, in full, and never overturns
+the judge.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ from enum import StrEnum
 from functools import lru_cache
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, mldsa, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509 import verification as judge
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
 from handfast.errors import Failure, InvalidInput, Reason, VerificationFailed
@@ -26,21 +23,20 @@ from handfast.pki.certificates import (
     UNREADABLE,
     certificate_names,
     common_names,
+    extended_usages,
     fingerprint,
     forbidden_names,
     is_authority,
     label,
     serial_text,
+    usage_text,
 )
 from handfast.pki.constraints import forbidden_by
+from handfast.pki.floor import broken_hash, is_signed_by, weak_size
 from handfast.pki.names import Kind, Name
 from handfast.pki.revocation import NO_REVOCATIONS, CrlSet, Revocations
 
 MAX_CHAIN = 10  # certificates a peer may present; more are refused unread (CVE-2023-0464 and its kin)
-
-# SHA-1 and older: RFC 9155, RFC 6151. A root's signature on itself proves nothing and is not looked at.
-_BROKEN_HASHES = frozenset({"md2", "md4", "md5", "sha1"})
-_CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 
 
 class Purpose(StrEnum):
@@ -49,15 +45,10 @@ class Purpose(StrEnum):
     CLIENT = "client"
     SERVER = "server"
 
-
-_EKU = {Purpose.CLIENT: ExtendedKeyUsageOID.CLIENT_AUTH, Purpose.SERVER: ExtendedKeyUsageOID.SERVER_AUTH}
-_EKU_WORDS = {
-    ExtendedKeyUsageOID.CLIENT_AUTH: "client",
-    ExtendedKeyUsageOID.SERVER_AUTH: "server",
-    ExtendedKeyUsageOID.EMAIL_PROTECTION: "email",
-    ExtendedKeyUsageOID.CODE_SIGNING: "code signing",
-    ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE: "any",
-}
+    @property
+    def usage(self) -> x509.ObjectIdentifier:
+        """What an extended key usage lists for it (RFC 5280 4.2.1.12)."""
+        return ExtendedKeyUsageOID.CLIENT_AUTH if self is Purpose.CLIENT else ExtendedKeyUsageOID.SERVER_AUTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +83,7 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A judge's word on a chain: the path from leaf to anchor that it accepts, or () and why not."""
+    """The judge's word on a chain: the path from leaf to anchor that it accepts, or () and why not."""
 
     path: tuple[x509.Certificate, ...]
     detail: str = ""
@@ -142,10 +133,11 @@ class VerifiedPeer:
         return self.path[0].public_bytes(Encoding.DER)
 
 
-def verify(
-    chain: Sequence[x509.Certificate], terms: Terms, now: datetime, judgement: Judgement | None = None
-) -> VerifiedPeer:
-    """Return who the chain proves its holder to be. `chain` is as presented: leaf first, any order behind.
+def verify(chain: Sequence[x509.Certificate], terms: Terms, now: datetime, judgement: Judgement) -> VerifiedPeer:
+    """Return who the chain proves its holder to be. `chain` is as presented, leaf first; the judge's word is on it.
+
+    The others may stand in any order, but the judge follows one path: of two certificates for the same issuer (one
+    from each of two roots, say), the first that is valid by time. Where that one leads to no anchor, it stops.
 
     Raises VerificationFailed with every reason found, the most telling first. Raises nothing else, whatever
     the certificates hold.
@@ -155,10 +147,10 @@ def verify(
     if len(chain) > MAX_CHAIN:
         raise VerificationFailed((Failure(Reason.VERIFY_CHAIN_TOO_LONG, {"count": len(chain), "limit": MAX_CHAIN}),))
     try:
-        if judgement is None:
-            judgement = _judge(chain, terms, now)
         if judgement.path:
-            failures = _rules(judgement.path, terms, now)
+            # The judge goes by a clock of its own, which may be a moment behind.
+            failures = [failure for certificate in judgement.path for failure in _lifetime(certificate, now)]
+            failures += _rules(judgement.path, terms, now)
             if not failures:
                 return _accept(judgement.path, terms)
         else:
@@ -239,7 +231,7 @@ def _rules(path: Sequence[x509.Certificate], terms: Terms, now: datetime) -> lis
         failures.append(Failure(Reason.VERIFY_DEPTH, facts))
     for at, certificate in enumerate(path):
         is_anchor = at == len(path) - 1 and at > 0
-        failures += _floor(certificate, signed=not is_anchor)
+        failures += _floor(certificate, signed=not is_anchor)  # a root's signature on itself proves nothing
     leaf = path[0]
     if _is_for_signing(leaf):
         failures.append(Failure(Reason.VERIFY_CA_AS_LEAF, {"subject": label(leaf)}))
@@ -247,22 +239,14 @@ def _rules(path: Sequence[x509.Certificate], terms: Terms, now: datetime) -> lis
     return failures + _usage(leaf, terms) + _names(leaf, terms)
 
 
-def _extended_usages(certificate: x509.Certificate) -> list[x509.ObjectIdentifier] | None:
-    """What its extended key usage lists; None without one."""
-    try:
-        return list(certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
-    except x509.ExtensionNotFound:
-        return None
-
-
 def _purpose(certificate: x509.Certificate, terms: Terms, *, any_counts: bool = True) -> list[Failure]:
     """Whether its extended key usage, where it has one, allows the purpose. An authority's binds what it issues."""
-    usages = _extended_usages(certificate)
-    if usages is None or _EKU[terms.purpose] in usages:
+    usages = extended_usages(certificate)
+    if usages is None or terms.purpose.usage in usages:
         return []
     if any_counts and ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE in usages:
         return []
-    words = ", ".join(_EKU_WORDS.get(usage, usage.dotted_string) for usage in usages)
+    words = ", ".join(map(usage_text, usages))
     facts = {"subject": label(certificate), "purpose": str(terms.purpose), "usages": words}
     return [Failure(Reason.VERIFY_PURPOSE, facts)]
 
@@ -291,41 +275,23 @@ def _floor(certificate: x509.Certificate, *, signed: bool) -> list[Failure]:
     failures = []
     if weak := _weakness(certificate):
         failures.append(Failure(Reason.VERIFY_WEAK_KEY, {"subject": label(certificate), "detail": weak}))
-    if signed:
-        algorithm = certificate.signature_hash_algorithm
-        if algorithm is not None and algorithm.name in _BROKEN_HASHES:
-            facts = {"subject": label(certificate), "hash": algorithm.name.upper()}
-            failures.append(Failure(Reason.VERIFY_WEAK_HASH, facts))
+    if signed and (broken := broken_hash(certificate.signature_hash_algorithm)):
+        failures.append(Failure(Reason.VERIFY_WEAK_HASH, {"subject": label(certificate), "hash": broken}))
     return failures
 
 
 @lru_cache(512)
 def _weakness(certificate: x509.Certificate) -> str:
     try:
-        return _weak(certificate.public_key())
+        return weak_size(certificate.public_key())
     except UNREADABLE as error:
         return str(error)[:100] or "it cannot be read"
-
-
-def _weak(key: object) -> str:
-    """Why a key is below the floor (NIST SP 800-131A: 112 bits), or ''. Size only: who issued it checked the rest."""
-    match key:
-        case rsa.RSAPublicKey():
-            return f"RSA of {key.key_size} bits; 2048 at least" if not 2048 <= key.key_size <= 16384 else ""
-        case ec.EllipticCurvePublicKey():
-            return "" if isinstance(key.curve, _CURVES) else f"the curve {key.curve.name}"
-        case ed25519.Ed25519PublicKey() | ed448.Ed448PublicKey():
-            return ""
-        case mldsa.MLDSA44PublicKey() | mldsa.MLDSA65PublicKey() | mldsa.MLDSA87PublicKey():
-            return ""
-        case _:
-            return "a kind of key that is not accepted"
 
 
 def _usage(leaf: x509.Certificate, terms: Terms) -> list[Failure]:
     facts: dict[str, object] = {"subject": label(leaf), "purpose": str(terms.purpose)}
     failures = _purpose(leaf, terms, any_counts=False)  # RFC 5280 4.2.1.12 lets us
-    if not terms.legacy and _extended_usages(leaf) is None:
+    if not terms.legacy and extended_usages(leaf) is None:
         failures.append(Failure(Reason.VERIFY_NO_EKU, facts))
     try:
         if not leaf.extensions.get_extension_for_class(x509.KeyUsage).value.digital_signature:
@@ -367,24 +333,7 @@ def _names(leaf: x509.Certificate, terms: Terms) -> list[Failure]:
     return failures
 
 
-# The judge we bring along, and the diagnosis of what a judge refused.
-
-
-def _judge(chain: Sequence[x509.Certificate], terms: Terms, now: datetime) -> Judgement:
-    """`cryptography`'s verifier. It knows no URI name constraints and refuses chains that have them.
-
-    The rules on usage and names are ours (above), so it is told to let the leaf's extensions pass.
-    """
-    policy = judge.ExtensionPolicy
-    authority_policy = policy.webpki_defaults_ca()
-    leaf_policy = policy.permit_all()
-    builder = judge.PolicyBuilder().store(judge.Store(list(terms.bundle.anchors))).time(now.replace(tzinfo=None))
-    builder = builder.extension_policies(ca_policy=authority_policy, ee_policy=leaf_policy)
-    try:
-        verified = builder.max_chain_depth(MAX_CHAIN - 2).build_client_verifier().verify(chain[0], list(chain[1:]))
-    except judge.VerificationError as error:
-        return Judgement((), str(error)[:300])
-    return Judgement(tuple(verified.chain))
+# The diagnosis of what the judge refused.
 
 
 def _diagnose(
@@ -401,16 +350,20 @@ def _diagnose(
             break
         path.append(issuer)
     for certificate in path:
-        facts: dict[str, object] = {"subject": label(certificate)}
-        if now > certificate.not_valid_after_utc:
-            failures.append(Failure(Reason.VERIFY_EXPIRED, facts | {"not_after": certificate.not_valid_after_utc}))
-        if now < certificate.not_valid_before_utc:
-            not_before = certificate.not_valid_before_utc
-            failures.append(Failure(Reason.VERIFY_NOT_YET_VALID, facts | {"not_before": not_before}))
+        failures += _lifetime(certificate, now)
         failures += _unknown_critical(certificate)
     for at, issuer in enumerate(path[1:]):
         failures += _issuing(issuer, path[: at + 1])
     return path, failures
+
+
+def _lifetime(certificate: x509.Certificate, now: datetime) -> list[Failure]:
+    facts: dict[str, object] = {"subject": label(certificate)}
+    if now > certificate.not_valid_after_utc:
+        return [Failure(Reason.VERIFY_EXPIRED, facts | {"not_after": certificate.not_valid_after_utc})]
+    if now < certificate.not_valid_before_utc:
+        return [Failure(Reason.VERIFY_NOT_YET_VALID, facts | {"not_before": certificate.not_valid_before_utc})]
+    return []
 
 
 def _find_issuer(
@@ -419,23 +372,12 @@ def _find_issuer(
     facts = {"subject": label(certificate), "issuer": _issuer_label(certificate)}
     named = [issuer for issuer in (*anchors, *presented) if issuer.subject == certificate.issuer]
     for issuer in named:
-        if _signed(certificate, issuer):
+        if is_signed_by(certificate, issuer, any_size=issuer in anchors):
             return issuer, None
     # An anchor of that name whose key did not make the signature: forged, altered, or an older key of the same name.
     if any(issuer in anchors for issuer in named):
         return None, Failure(Reason.VERIFY_BAD_SIGNATURE, facts)
     return None, Failure(Reason.VERIFY_UNKNOWN_ISSUER, facts)
-
-
-def _signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
-    try:
-        key = issuer.public_key()
-        if isinstance(key, rsa.RSAPublicKey) and (key.key_size > 4096 or key.public_numbers().e >> 32):
-            return False  # a stranger's giant key would cost us 20 ms a check, and the diagnosis is only for words
-        certificate.verify_directly_issued_by(issuer)
-    except (InvalidSignature, *UNREADABLE):
-        return False
-    return True
 
 
 def _issuer_label(certificate: x509.Certificate) -> str:

@@ -4,9 +4,10 @@
     rule    = [allow|deny] WHO [METHODS] [PATH]
     WHO     = a name pattern: web, spiffe://domain/web/*, dns:*.internal, email:a@b.c, cn:NAME, sha256:HEX, any
     METHODS = GET,HEAD,POST,...              left out: every method; GET does not cover HEAD
-    PATH    = /public, /public/*, /public/** `*` never crosses a slash; `/public/**` takes /public/ and all below
+    PATH    = /public, /public/*, /public/** `*` never crosses a slash; `/public/**` takes /public and all below
 
-A path is judged on exactly the bytes that are forwarded. Rules that name a whole identity are found by
+A path is judged on exactly the bytes that are forwarded, `A` and `a` being two. An app that takes them for one is
+safe behind rules that allow, and not behind rules that deny. Rules that name a whole identity are found by
 hash, so a hundred thousand of them cost what ten do.
 """
 
@@ -174,9 +175,11 @@ def parse_path(path: str, text: str = "") -> re.Pattern[bytes]:
         raise _bad_rule(text, "a path begins with / and holds no ? # % ; or backslash")
     if "**" in path.removesuffix("/**") or "//" in path:
         raise _bad_rule(text, "** stands alone, as the last segment, and no segment is empty")
-    open_ended = path.endswith("/**")
-    body = re.escape(path.removesuffix("**").encode()).replace(rb"\*", rb"[^/]*")
-    return re.compile(body + (b".*" if open_ended else b""), re.S)
+    whole = path.removesuffix("/**")
+    body = re.escape(whole.encode()).replace(rb"\*", rb"[^/]*")
+    # What stands above all below belongs to them: many an app serves /admin as /admin/.
+    below = b"" if whole == path else b"(?:/.*)?" if whole else b"/.*"
+    return re.compile(body + below, re.S)
 
 
 def _bad_rule(text: str, detail: str) -> InvalidInput:

@@ -90,7 +90,7 @@ class Channel:
 
 
 class TlsBroken(Exception):
-    """The channel cannot go on; `failure` says why. Never leaves the guard."""
+    """The channel cannot go on; `failure` says why. Who holds the channel turns it into an event or an answer."""
 
     def __init__(self, failure: Failure) -> None:
         self.failure = failure

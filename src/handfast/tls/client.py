@@ -15,24 +15,39 @@ from cryptography import x509
 from OpenSSL import SSL
 
 from handfast.errors import Failure, InvalidInput, Reason, VerificationFailed
+from handfast.pki.certificates import UNREADABLE
 from handfast.pki.names import Kind, Pattern
 from handfast.pki.verification import Terms, VerifiedPeer, verify
 from handfast.tls.channel import Channel, TlsBroken
 from handfast.tls.credential import Credential
-from handfast.tls.engine import new_context, parse, renew_memory, step, take, write_whole
+from handfast.tls.engine import (
+    new_context,
+    parse,
+    parse_shown,
+    presented,
+    renew_memory,
+    step,
+    take,
+    write_whole,
+)
 from handfast.tls.judge import Judge, Judging, judge_within
 from handfast.tls.reasons import handshake_failure
 
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """What a server showed in its handshake; nothing in it is verified."""
+    """What a server showed in its handshake; nothing in it is verified.
+
+    `chain`: the certificates that can be read, leaf first; () where the leaf cannot. `unread`: how many that leaves
+    out.
+    """
 
     chain: tuple[x509.Certificate, ...]
     version: str
     cipher: str
     group: str
-    accepted_authorities: tuple[str, ...]  # distinguished names in its CertificateRequest
+    accepted_authorities: tuple[str, ...]  # distinguished names in its CertificateRequest; `#` and DER if unreadable
+    unread: int = 0
 
 
 class ClientHandshake:
@@ -72,7 +87,7 @@ class ClientHandshake:
     @property
     def facts(self) -> ServerFacts:
         """What the server showed, once `feed` has returned a channel."""
-        return _facts(self._connection)
+        return server_facts(self._connection)
 
     @property
     def protocol(self) -> bytes:
@@ -119,7 +134,7 @@ class ClientContext:
 
     def judge(self, ders: tuple[bytes, ...], now: datetime) -> VerifiedPeer:
         """Return who the chain, in DER, leaf first, proves the server to be. Raises VerificationFailed."""
-        chain = parse(ders)
+        chain = parse_shown(ders)
         peer = verify(chain, self.terms, now, self._judge(chain))
         expect = self.settings.expect
         if expect is not None and not any(expect.matches(name) for name in peer.names):
@@ -174,7 +189,28 @@ class VerifyingHandshake:
     @property
     def facts(self) -> ServerFacts:
         """What the server showed, once `feed` has returned a channel."""
-        return _facts(self._connection)
+        return server_facts(self._connection)
+
+
+def server_facts(connection: SSL.Connection) -> ServerFacts:
+    """What the server at the other end of a connection has shown so far. Raises nothing, whatever that is."""
+    read = [parse((der,)) for der in presented(connection)]
+    chain = tuple(certificate for found in read for certificate in found) if read and read[0] else ()
+    return ServerFacts(
+        chain=chain,
+        version=connection.get_protocol_version_name(),
+        cipher=connection.get_cipher_name() or "",
+        group=connection.get_group_name() or "",
+        accepted_authorities=tuple(
+            f"#{der.hex()}" if name is None else name.rfc4514_string() for der, name in accepted_names(connection)
+        ),
+        unread=len(read) - len(chain),
+    )
+
+
+def accepted_names(connection: SSL.Connection) -> list[tuple[bytes, x509.Name | None]]:
+    """The names in the server's CertificateRequest, in DER, and as names where they can be read."""
+    return [(der, _read_name(der)) for der in (name.der() for name in connection.get_client_ca_list())]
 
 
 def server_name_of(host: str) -> str | None:
@@ -207,13 +243,10 @@ def _connection(context: SSL.Context, server_name: str | None) -> SSL.Connection
     return connection
 
 
-def _facts(connection: SSL.Connection) -> ServerFacts:
-    return ServerFacts(
-        chain=tuple(connection.get_peer_cert_chain(as_cryptography=True) or ()),
-        version=connection.get_protocol_version_name(),
-        cipher=connection.get_cipher_name() or "",
-        group=connection.get_group_name() or "",
-        accepted_authorities=tuple(
-            name.rfc4514_string() for name in connection.get_client_ca_list(as_cryptography=True)
-        ),
-    )
+def _read_name(der: bytes) -> x509.Name | None:
+    try:
+        name = x509.Name.from_bytes(der)
+        name.rfc4514_string()
+    except UNREADABLE:
+        return None
+    return name

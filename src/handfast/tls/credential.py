@@ -13,11 +13,9 @@ from OpenSSL import SSL
 
 from handfast.errors import Failure, InvalidInput, Reason, VerificationFailed
 from handfast.files import load_key, read_file
-from handfast.pki.certificates import is_authority, label, parse_certificates
+from handfast.pki.certificates import extended_usages, is_authority, label, parse_certificates
 from handfast.pki.keys import PrivateKey, same_key
 from handfast.pki.verification import Purpose, TrustBundle
-
-_USES = {Purpose.CLIENT: ExtendedKeyUsageOID.CLIENT_AUTH, Purpose.SERVER: ExtendedKeyUsageOID.SERVER_AUTH}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +68,9 @@ def check_usable(credential: Credential, purpose: Purpose, now: datetime) -> Non
     """
     leaf = credential.chain[0]
     check_time((leaf,), now)
-    try:
-        usages = set(leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
-    except x509.ExtensionNotFound:
-        return
-    if not {_USES[purpose], ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE} & usages:
-        words = next((str(other) for other, use in _USES.items() if use in usages), "another")
+    usages = extended_usages(leaf)
+    if usages is not None and not {purpose.usage, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}.intersection(usages):
+        words = next((str(other) for other in Purpose if other.usage in usages), "another")
         facts = {"subject": label(leaf), "purpose": str(purpose), "usages": words}
         raise VerificationFailed((Failure(Reason.VERIFY_PURPOSE, facts),))
 

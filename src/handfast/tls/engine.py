@@ -14,6 +14,9 @@ from typing import Any
 from cryptography import x509
 from OpenSSL import SSL
 
+from handfast.errors import Failure, Reason, VerificationFailed
+from handfast.pki.certificates import UNREADABLE
+
 lib, ffi = SSL._lib, SSL._ffi  # type: ignore[attr-defined]  # see above
 BUFFER_SIZE = 1 << 18
 
@@ -92,7 +95,7 @@ def renew_memory(connection: SSL.Connection) -> None:
 
 
 def presented(connection: SSL.Connection) -> tuple[bytes, ...]:
-    """What the client of a finished handshake showed, in DER, leaf first; () for nothing."""
+    """What the other side of a finished handshake showed, in DER, leaf first; () for nothing."""
     leaf = lib.SSL_get_peer_certificate(connection._ssl)
     if leaf == ffi.NULL:
         return ()
@@ -118,8 +121,17 @@ def parse(ders: Iterable[bytes]) -> tuple[x509.Certificate, ...]:
     """Parse certificates in DER; () if there is one that `cryptography` does not read, though OpenSSL does."""
     try:
         return tuple(map(x509.load_der_x509_certificate, ders))
-    except ValueError:  # judged as not presented
+    except UNREADABLE:
         return ()
+
+
+def parse_shown(ders: tuple[bytes, ...]) -> tuple[x509.Certificate, ...]:
+    """Parse what the other side showed, in DER, to judge it. Raises VerificationFailed (VERIFY_MALFORMED)."""
+    chain = parse(ders)
+    if len(chain) != len(ders):
+        detail = "OpenSSL can, but not the library that judges it"
+        raise VerificationFailed((Failure(Reason.VERIFY_MALFORMED, {"detail": detail}),))
+    return chain
 
 
 def _ders_of(stack: Any, *, owned: bool = False) -> tuple[bytes, ...]:

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, ed25519, r
 from OpenSSL import SSL
 
 from handfast.errors import Reason
-from handfast.tls.client import ServerFacts
+from handfast.tls.client import ServerFacts, accepted_names, server_facts
 from handfast.tls.engine import lib, step, take
 from handfast.tls.reasons import handshake_failure
 
@@ -149,25 +149,13 @@ class Probe:
 
     @property
     def facts(self) -> ServerFacts:
-        """What the server showed. Certificates that no library reads are left out."""
-        connection = self._connection
-        try:
-            chain: Sequence[x509.Certificate] = connection.get_peer_cert_chain(as_cryptography=True) or ()
-        except ValueError:
-            chain = ()
-        authorities = connection.get_client_ca_list(as_cryptography=True)
-        return ServerFacts(
-            chain=tuple(chain),
-            version=connection.get_protocol_version_name(),
-            cipher=connection.get_cipher_name() or "",
-            group=connection.get_group_name() or "",
-            accepted_authorities=tuple(name.rfc4514_string() for name in authorities),
-        )
+        """What the server has shown so far."""
+        return server_facts(self._connection)
 
     @property
     def accepted_authorities(self) -> tuple[x509.Name, ...]:
-        """The names in the server's CertificateRequest, as names."""
-        return tuple(self._connection.get_client_ca_list(as_cryptography=True))
+        """The names in the server's CertificateRequest that can be read, as names."""
+        return tuple(name for _, name in accepted_names(self._connection) if name is not None)
 
     @property
     def alpn(self) -> str:

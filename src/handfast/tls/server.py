@@ -33,7 +33,16 @@ from handfast.errors import Failure, InvalidInput, Reason, VerificationFailed
 from handfast.pki.verification import MAX_CHAIN, Terms, VerifiedPeer, still_trusted, verify
 from handfast.tls.channel import Channel
 from handfast.tls.credential import Credential
-from handfast.tls.engine import new_context, parse, presented, presented_count, renew_memory, step, take
+from handfast.tls.engine import (
+    new_context,
+    parse,
+    parse_shown,
+    presented,
+    presented_count,
+    renew_memory,
+    step,
+    take,
+)
 from handfast.tls.judge import Judge, Judging, judge_later, judge_within
 from handfast.tls.reasons import handshake_failure
 
@@ -130,7 +139,7 @@ class ServerContext:
             if still_trusted(known, self.terms, now) is None:
                 return known
             del self._known[digest]
-        chain = parse(ders)
+        chain = parse_shown(ders)
         peer = verify(chain, self.terms, now, self._judge(chain))
         self._known[digest] = peer
         if len(self._known) > MAX_KNOWN:

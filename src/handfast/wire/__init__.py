@@ -1,4 +1,5 @@
-"""What goes over the wire, as pure functions of bytes: HTTP/1.1 framing, identity headers, TLS alerts.
+"""What goes over the wire, as pure functions of bytes.
 
+TLS records, handshake messages and alerts; HTTP/1.1 and HTTP/2; identity headers and assertions; the PROXY protocol.
 Opens no socket and no file, and reads no clock.
 """

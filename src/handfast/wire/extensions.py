@@ -12,6 +12,7 @@ from typing import TypeAlias
 from handfast.errors import InvalidInput
 from handfast.pki import der
 from handfast.wire import registry
+from handfast.wire.distinguished import Spelling, render_rdns
 
 MAX_VALUES = 1000  # of one list that are shown
 
@@ -36,14 +37,9 @@ Extensions: TypeAlias = tuple[Extension, ...]
 def render_name(name: bytes) -> str:
     """A distinguished name in DER as text, as RFC 4514 has it, printable whatever it holds. Raises nothing."""
     try:
-        parts = [
-            _attribute(attribute)
-            for _, rdn in der.read_all(der.read_one(name)[1])
-            for _, attribute in der.read_all(rdn)
-        ]
-    except (InvalidInput, ValueError, IndexError):
+        return render_rdns(der.read_one(name)[1], Spelling.READABLE) or "an empty name"
+    except InvalidInput:
         return f"a name that cannot be read ({len(name)} bytes)"
-    return ",".join(reversed(parts)) or "an empty name"
 
 
 class Malformed(Exception):
@@ -113,37 +109,37 @@ def read_extensions(reader: Reader, where: str) -> Extensions:
 def _extension(number: int, field: Reader, where: str) -> Iterator[str]:
     """What an extension says. The forms of several hang on the message that they are in."""
     match number, where:
-        case (0, _):
+        case (registry.SERVER_NAME, _):
             yield from _host_names(field.inside(2))
-        case (16, _):
+        case (registry.ALPN, _):
             names = field.inside(2)
             while names.left:
                 yield _text(names.vector(1))
-        case (10, _):
+        case (registry.SUPPORTED_GROUPS, _):
             yield from _named(registry.GROUPS, field.inside(2))
-        case (13 | 50, _):
+        case (registry.SIGNATURE_ALGORITHMS | registry.SIGNATURE_ALGORITHMS_CERT, _):
             yield from _named(registry.SCHEMES, field.inside(2))
-        case (43, "client"):
+        case (registry.SUPPORTED_VERSIONS, "client"):
             yield from _named(registry.VERSIONS, field.inside(1))
-        case (43, _):
+        case (registry.SUPPORTED_VERSIONS, _):
             yield registry.name_of(registry.VERSIONS, field.number(2))
-        case (51, "client"):
+        case (registry.KEY_SHARE, "client"):
             shares = field.inside(2)
             while shares.left:
                 group = registry.name_of(registry.GROUPS, shares.number(2))
                 yield f"{group} ({len(shares.vector(2))} bytes)"
-        case (51, "server"):
+        case (registry.KEY_SHARE, "server"):
             group = registry.name_of(registry.GROUPS, field.number(2))
             yield f"{group} ({len(field.vector(2))} bytes)"
-        case (51, "retry"):
+        case (registry.KEY_SHARE, "retry"):
             yield registry.name_of(registry.GROUPS, field.number(2))
-        case (47, _):
+        case (registry.CERTIFICATE_AUTHORITIES, _):
             yield from map(render_name, read_names(field.inside(2)))
-        case (41, "client"):
+        case (registry.PRE_SHARED_KEY, "client"):
             yield f"{len(field.vector(2))} bytes of identities"
-        case (28, _):
+        case (registry.RECORD_SIZE_LIMIT, _):
             yield f"{field.number(2)} bytes"
-        case (42, "ticket"):
+        case (registry.EARLY_DATA, "ticket"):
             yield f"{field.number(4)} bytes"
         case _:
             return
@@ -181,28 +177,3 @@ def read_names(reader: Reader) -> tuple[bytes, ...]:
 def _text(data: bytes) -> str:
     text = data.decode("ascii", "backslashreplace")
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-
-
-# X.520's attributes as RFC 4514 3 writes them, and those that are in use besides.
-_ATTRIBUTES = {
-    "2.5.4.3": "CN",
-    "2.5.4.5": "serialNumber",
-    "2.5.4.6": "C",
-    "2.5.4.7": "L",
-    "2.5.4.8": "ST",
-    "2.5.4.9": "STREET",
-    "2.5.4.10": "O",
-    "2.5.4.11": "OU",
-    "0.9.2342.19200300.100.1.25": "DC",
-    "0.9.2342.19200300.100.1.1": "UID",
-    "1.2.840.113549.1.9.1": "emailAddress",
-}
-
-
-def _attribute(attribute: bytes) -> str:
-    (_, oid), (tag, value) = list(der.read_all(attribute))[:2]
-    dotted = der.dotted(oid)
-    encoding = {0x1E: "utf-16-be", 0x1C: "utf-32-be", 0x14: "latin-1"}.get(tag, "utf-8")
-    text = value.decode(encoding, "replace")
-    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-    return f"{_ATTRIBUTES.get(dotted, dotted)}={shown.replace(',', chr(92) + ',')}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -23,6 +23,7 @@ from handfast.pki import der
 from handfast.pki.certificates import fingerprint, serial_text
 from handfast.pki.names import Kind, Name
 from handfast.pki.verification import VerifiedPeer
+from handfast.wire.distinguished import Spelling, render_rdns
 from handfast.wire.http1 import Header
 from handfast.wire.identity import client_cert, client_cert_chain, client_identity
 
@@ -104,7 +105,7 @@ def forwarded_client_cert(peer: PeerFacts, *, certificates: bool) -> bytes:
     if certificates:
         pems = [_url_pem(certificate) for certificate in (peer.leaf, *peer.chain)]
         fields += [f'Cert="{pems[0]}"', f'Chain="{"".join(pems)}"']
-    fields.append(f'Subject="{_distinguished_name(_tbs_fields(peer.leaf)[_SUBJECT], _hex_pair)}"')
+    fields.append(f'Subject="{render_rdns(_tbs_fields(peer.leaf)[_SUBJECT], Spelling.HEX)}"')
     uris = [name.value for name in peer.names if name.is_uri]
     fields += [f"URI={_quoted(uri)}" for uri in uris if _PLAIN.fullmatch(uri)]
     fields += [f"DNS={name.value}" for name in peer.names if name.kind is Kind.DNS]
@@ -121,8 +122,8 @@ def _x_ssl_client(peer: PeerFacts) -> list[Header]:
     sha1 = hashlib.sha1(leaf.public_bytes(Encoding.DER), usedforsecurity=False).hexdigest()
     values = {
         "Verify": "SUCCESS",
-        "S-DN": _distinguished_name(fields[_SUBJECT], _backslash),
-        "I-DN": _distinguished_name(fields[_ISSUER], _backslash),
+        "S-DN": render_rdns(fields[_SUBJECT], Spelling.ASCII),
+        "I-DN": render_rdns(fields[_ISSUER], Spelling.ASCII),
         "Serial": serial_text(leaf.serial_number).upper(),
         "Fingerprint": sha1,
         "V-Start": _openssl_time(leaf.not_valid_before_utc),
@@ -157,103 +158,3 @@ def _tbs_fields(certificate: x509.Certificate) -> list[bytes]:
     if len(fields) < 6:
         raise InvalidInput(Reason.VERIFY_MALFORMED, detail="a field is missing")
     return [contents for _, contents in fields]
-
-
-# OpenSSL's short names, which RFC 2253 and 4514 have where they name a type. Other types are given in dots.
-_TYPES = {
-    "2.5.4.3": "CN",
-    "2.5.4.4": "SN",
-    "2.5.4.5": "serialNumber",
-    "2.5.4.6": "C",
-    "2.5.4.7": "L",
-    "2.5.4.8": "ST",
-    "2.5.4.9": "street",
-    "2.5.4.10": "O",
-    "2.5.4.11": "OU",
-    "2.5.4.12": "title",
-    "2.5.4.13": "description",
-    "2.5.4.15": "businessCategory",
-    "2.5.4.16": "postalAddress",
-    "2.5.4.17": "postalCode",
-    "2.5.4.41": "name",
-    "2.5.4.20": "telephoneNumber",
-    "2.5.4.42": "GN",
-    "2.5.4.43": "initials",
-    "2.5.4.44": "generationQualifier",
-    "2.5.4.45": "x500UniqueIdentifier",
-    "2.5.4.46": "dnQualifier",
-    "2.5.4.65": "pseudonym",
-    "2.5.4.72": "role",
-    "2.5.4.97": "organizationIdentifier",
-    "1.2.840.113549.1.9.1": "emailAddress",
-    "1.2.840.113549.1.9.2": "unstructuredName",
-    "1.2.840.113549.1.9.8": "unstructuredAddress",
-    "0.9.2342.19200300.100.1.1": "UID",
-    "0.9.2342.19200300.100.1.25": "DC",
-    "0.9.2342.19200300.100.1.3": "mail",
-    "1.3.6.1.4.1.311.60.2.1.1": "jurisdictionL",
-    "1.3.6.1.4.1.311.60.2.1.2": "jurisdictionST",
-    "1.3.6.1.4.1.311.60.2.1.3": "jurisdictionC",
-}
-# Tags of text, and how OpenSSL reads it (ASN1_STRING_print_ex): Teletex as Latin-1, Universal as 4-byte characters.
-_TEXT = {
-    0x0C: "utf-8",
-    0x12: "latin-1",
-    0x13: "latin-1",
-    0x14: "latin-1",
-    0x16: "latin-1",
-    0x1A: "latin-1",
-    0x1C: "utf-32-be",
-    0x1E: "utf-16-be",
-}
-_Escape = Callable[[int], str]
-
-
-def _distinguished_name(rdns: bytes, escape: _Escape) -> str:
-    """The contents of an RDNSequence as text: RFC 2253, last RDN first, as OpenSSL's XN_FLAG_RFC2253 prints it."""
-    written = []
-    for _, rdn in der.read_all(rdns):
-        attributes = [_attribute(contents, escape) for _, contents in der.read_all(rdn)]
-        written.append("+".join(reversed(attributes)))
-    return ",".join(reversed(written))
-
-
-def _attribute(contents: bytes, escape: _Escape) -> str:
-    parts = list(der.read_all(contents))
-    if len(parts) != 2 or parts[0][0] != der.OBJECT_IDENTIFIER:
-        raise InvalidInput(Reason.VERIFY_MALFORMED, detail="a part of a name is malformed")
-    oid = der.dotted(parts[0][1])
-    tag, value = parts[1]
-    if oid in _TYPES and tag in _TEXT:
-        try:
-            return f"{_TYPES[oid]}={_text(value.decode(_TEXT[tag]).encode('utf-8'), escape)}"
-        except UnicodeError:
-            pass
-    encoded = contents[-_encoded_length(value) :]
-    return f"{_TYPES.get(oid, oid)}=#{encoded.hex().upper()}"  # RFC 2253 2.4: the value's DER
-
-
-def _encoded_length(value: bytes) -> int:
-    """Of a DER value with its tag and length: X.690 8.1.3."""
-    return 2 + len(value) + (0 if len(value) < 0x80 else (len(value).bit_length() + 7) // 8)
-
-
-def _text(value: bytes, escape: _Escape) -> str:
-    """RFC 2253 2.4, with every byte that is not printable ASCII as a hex pair."""
-    written = [
-        _hex_pair(octet) if not 0x20 <= octet < 0x7F else escape(octet) if octet in b',+"\\<>;' else chr(octet)
-        for octet in value
-    ]
-    if written and written[-1] == " ":
-        written[-1] = escape(0x20)
-    if written and written[0] in (" ", "#"):
-        written[0] = escape(ord(written[0]))
-    return "".join(written)
-
-
-def _backslash(octet: int) -> str:
-    return f"\\{chr(octet)}"
-
-
-def _hex_pair(octet: int) -> str:
-    return f"\\{octet:02X}"

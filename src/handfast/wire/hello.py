@@ -1,4 +1,4 @@
-"""The first message of a TLS connection, read from its first bytes: which site, which protocols, which versions.
+"""The first message of a TLS connection, read from its first bytes: for which site it is.
 
 Owns the reading of a ClientHello (RFC 8446 4.1.2) out of its records (5.1), so that a site is chosen before a
 TLS engine sees a byte. It is stricter than it must be: what two readers could take in two ways is refused. In
@@ -7,55 +7,35 @@ particular a hello that is not all there is never a hello without a name (CVE-20
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from struct import Struct
 from struct import error as StructError
-from typing import NamedTuple
 
 from handfast.errors import Reason, RemoteProtocolError
+from handfast.wire.records import ContentType
+from handfast.wire.registry import ALPN, EARLY_DATA, PRE_SHARED_KEY, SERVER_NAME, SUPPORTED_VERSIONS
 
 MAX_HELLO = 65_536  # bytes of handshake; hellos with post-quantum keys have under 2,000
 MAX_RECORDS = 81_920  # bytes of records, their headers with them
 MAX_NAME = 255  # bytes, as OpenSSL has it (TLSEXT_MAXLEN_host_name); DNS names have at most 253
 
-_HANDSHAKE = 22
+_HANDSHAKE = ContentType.HANDSHAKE
 _CLIENT_HELLO = 1
 _LARGEST_RECORD = 16_384  # RFC 8446 5.1
-
-# Extensions, from IANA's TLS ExtensionType Values.
-_SERVER_NAME, _ALPN, _SESSION_TICKET, _PRE_SHARED_KEY, _EARLY_DATA, _VERSIONS = 0, 16, 35, 41, 42, 43
-
-_TLS_1_3 = 0x0304
-_GREASE = frozenset(value << 8 | value for value in range(0x0A, 0x100, 0x10))  # RFC 8701 2
-_GREASE_ALPN = frozenset(value.to_bytes(2, "big") for value in _GREASE)
 
 _EXTENSION = Struct(">HH")  # type, length
 _SERVER_NAME_HEAD = Struct(">HBH")  # length of the list, type of the one name, its length
 
 
-class ClientHello(NamedTuple):
-    """What a client asks for. GREASE (RFC 8701) is left out of the tuples.
+@dataclass(frozen=True, slots=True)
+class ClientHello:
+    """A hello that is all there: what a client asks for.
 
     `server_name` is as it was sent, of visible ASCII, and "" where none was: bring it into its normal form before
-    comparing. `versions` are wire numbers as 0x0304, in the client's order. `early_data`: it means to send data
-    in its first flight. `session_resumption`: it offers a pre-shared key, a ticket or, before TLS 1.3, a session.
+    comparing.
     """
 
     server_name: str
-    alpn: tuple[bytes, ...]
-    versions: tuple[int, ...]
-    early_data: bool
-    session_resumption: bool
-
-
-def read_hello(data: bytes) -> ClientHello | None:
-    """Return the hello that a connection's first bytes hold; None while more bytes are needed.
-
-    What follows the hello's last record is not looked at. Whichever way the bytes are cut, the answer is the same.
-    Raises RemoteProtocolError: TLS_NOT_TLS where the bytes begin no handshake record, else TLS_BAD_HELLO. For bytes
-    that come in pieces use a `HelloReader`: to read all anew with every piece of a slow client would be costly.
-    """
-    return HelloReader().feed(data)
 
 
 class HelloReader:
@@ -69,9 +49,11 @@ class HelloReader:
         self._taken = 0  # bytes of records so far
 
     def feed(self, data: bytes) -> ClientHello | None:
-        """Take the next bytes, and answer as `read_hello` does for all that came so far.
+        """Take the next bytes; return the hello that all so far hold, or None while more are needed.
 
-        Not to be fed again once it has returned a hello or raised.
+        What follows the hello's last record is not looked at. Whichever way the bytes are cut, the answer is the same.
+        Raises RemoteProtocolError: TLS_NOT_TLS where the bytes begin no handshake record, else TLS_BAD_HELLO. Not to
+        be fed again once it has returned a hello or raised.
         """
         if not self._buffer and not self._taken and _is_whole(data):
             return _parse(data[9 : 5 + (data[3] << 8 | data[4])])
@@ -139,17 +121,16 @@ def _parse(body: bytes) -> ClientHello:
         if session > 32 or suites < 2 or suites % 2 or not compressions or at > len(body):
             raise _bad("a field has a length that it cannot have")
         extensions = _extensions(body, at) if at < len(body) else {}
-        versions = _versions(extensions[_VERSIONS]) if _VERSIONS in extensions else (body[0] << 8 | body[1],)
-        name = _server_name(extensions[_SERVER_NAME]) if _SERVER_NAME in extensions else ""
-        alpn = tuple(_alpn(extensions[_ALPN])) if _ALPN in extensions else ()
+        name = _server_name(extensions[SERVER_NAME]) if SERVER_NAME in extensions else ""
+        if SUPPORTED_VERSIONS in extensions:
+            _check_versions(extensions[SUPPORTED_VERSIONS])
+        if ALPN in extensions:
+            _check_alpn(extensions[ALPN])
     except (IndexError, StructError):
         raise _bad("a field ends too early") from None
-    early_data = _EARLY_DATA in extensions
-    if early_data and extensions[_EARLY_DATA]:
+    if extensions.get(EARLY_DATA):
         raise _bad("its early_data extension is not empty")
-    old_session = session > 0 and _TLS_1_3 not in versions  # in TLS 1.3 it is there for old middleboxes
-    resumption = old_session or _PRE_SHARED_KEY in extensions or bool(extensions.get(_SESSION_TICKET))
-    return ClientHello(name, alpn, versions, early_data, resumption)
+    return ClientHello(name)
 
 
 def _extensions(body: bytes, at: int) -> dict[int, bytes]:
@@ -160,7 +141,7 @@ def _extensions(body: bytes, at: int) -> dict[int, bytes]:
     at += 2
     found: dict[int, bytes] = {}
     count = 0
-    kind = _PRE_SHARED_KEY
+    kind = PRE_SHARED_KEY
     unpack = _EXTENSION.unpack_from
     while at < end:
         kind, length = unpack(body, at)
@@ -172,7 +153,7 @@ def _extensions(body: bytes, at: int) -> dict[int, bytes]:
         raise _bad("an extension is cut off")
     if count != len(found):
         raise _bad("an extension is there twice")
-    if _PRE_SHARED_KEY in found and kind != _PRE_SHARED_KEY:
+    if PRE_SHARED_KEY in found and kind != PRE_SHARED_KEY:
         raise _bad("an extension follows the pre-shared key")
     return found
 
@@ -192,26 +173,22 @@ def _server_name(value: bytes) -> str:
     return name.decode("ascii")
 
 
-def _alpn(value: bytes) -> Iterator[bytes]:
+def _check_alpn(value: bytes) -> None:
     """RFC 7301 3.1: a list of names of 1 to 255 bytes, at least one."""
     if len(value) < 4 or value[0] << 8 | value[1] != len(value) - 2:
         raise _bad("its list of application protocols is malformed")
     at = 2
     while at < len(value):
-        name = value[at + 1 : at + 1 + value[at]]
-        if not name or len(name) != value[at]:
+        length = value[at]
+        at += 1 + length
+        if not length or at > len(value):
             raise _bad("an application protocol's name is empty or cut off")
-        at += 1 + len(name)
-        if name not in _GREASE_ALPN:
-            yield name
 
 
-def _versions(value: bytes) -> tuple[int, ...]:
+def _check_versions(value: bytes) -> None:
     """RFC 8446 4.2.1: 1 to 127 versions."""
     if len(value) < 3 or value[0] != len(value) - 1 or value[0] % 2:
         raise _bad("its list of versions is malformed")
-    numbers = (value[at] << 8 | value[at + 1] for at in range(1, len(value), 2))
-    return tuple(number for number in numbers if number not in _GREASE)
 
 
 def _bad(detail: str) -> RemoteProtocolError:

@@ -1,6 +1,6 @@
 """HTTP/1.1 framing (RFC 9112) for a guard that stands between a client and an app.
 
-Owns the reading and rewriting of heads and bodies. It reads strictly: what two servers might read in two
+Owns the reading and rewriting of heads; bodies are in `bodies`. It reads strictly: what two servers might read in two
 ways is refused, never repaired. It opens no socket and decides nothing about who may do what.
 
 Theory of operation. One regular expression takes the common request head, and says no to the rest; then
@@ -82,7 +82,7 @@ _NOTHING: frozenset[bytes] = frozenset()
 
 # Named tuples, not frozen dataclasses: those take 2 µs to make, a third of a request's whole budget.
 class RequestHead(NamedTuple):
-    """A request head that has one reading. Made only by `parse_request_head`."""
+    """A request head that has one reading: made by `parse_request_head`, or by `usual` from one that was."""
 
     method: bytes  # as received; methods are case-sensitive
     target: bytes  # as received: origin form, or `*` of OPTIONS
@@ -104,7 +104,7 @@ class RequestHead(NamedTuple):
 
 
 class ResponseHead(NamedTuple):
-    """A response head that has one reading. Made only by `parse_response_head`."""
+    """A response head that has one reading: made by `parse_response_head`, or by `usual_answer` for the usual ones."""
 
     status: int  # 100 to 599
     reason: bytes
@@ -286,12 +286,11 @@ def _parse_strictly(head: bytes) -> RequestHead:
         raise RemoteProtocolError(Reason.HTTP_REQUEST_LINE)
     method, target, version = parts
     if version not in (b"HTTP/1.0", b"HTTP/1.1"):
-        raise RemoteProtocolError(Reason.HTTP_VERSION)
+        raise RemoteProtocolError(Reason.HTTP_VERSION, detail="HTTP/1.1 and HTTP/1.0 are")
     if len(method) > _LONGEST_METHOD or not NAME.fullmatch(method):
         raise RemoteProtocolError(Reason.HTTP_REQUEST_LINE)
-    # Some apps fold the method's case; and whether a response has a body hangs on HEAD.
-    folded = method.upper()
-    if folded in _REFUSED_METHODS or (folded == b"HEAD" and method != b"HEAD"):
+    # Methods are case-sensitive (RFC 9110 9.1), but some apps fold their case: a rule about POST would pass `post`.
+    if method != method.upper() or method in _REFUSED_METHODS:
         raise RemoteProtocolError(Reason.HTTP_METHOD, method=method[:32].decode("ascii"))
     if not _TARGET.fullmatch(target) and not (target == b"*" and method == b"OPTIONS"):
         raise RemoteProtocolError(Reason.HTTP_TARGET)

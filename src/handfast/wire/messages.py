@@ -21,7 +21,6 @@ MAX_CERTIFICATES = 100  # of one message that are read
 
 # RFC 8446 4.1.3: the SHA-256 of "HelloRetryRequest", in the place of the random.
 _RETRY = bytes.fromhex("cf21ad74e59a6111be1d8c021e65b891c2a211167abb8c5e079e09e2c8a8339c")
-_SERVER_NAME, _SCHEMES, _ALPN, _VERSIONS, _AUTHORITIES = 0, 13, 16, 43, 47
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +36,19 @@ class ClientHello:
     @property
     def server_name(self) -> str:
         """The host that is asked for (SNI); '' without."""
-        return "".join(values_of(self, _SERVER_NAME)[:1])
+        return "".join(values_of(self, registry.SERVER_NAME)[:1])
 
     @property
     def protocols(self) -> tuple[str, ...]:
         """The application protocols on offer (ALPN)."""
-        return values_of(self, _ALPN)
+        return values_of(self, registry.ALPN)
 
     @property
     def versions(self) -> tuple[str, ...]:
         """The versions on offer."""
-        return values_of(self, _VERSIONS) or (registry.name_of(registry.VERSIONS, self.legacy_version),)
+        return values_of(self, registry.SUPPORTED_VERSIONS) or (
+            registry.name_of(registry.VERSIONS, self.legacy_version),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ class ServerHello:
     def version(self) -> int:
         """The version that was chosen, as 0x0304."""
         for extension in self.extensions:
-            if extension.number == _VERSIONS and len(extension.data) == 2:
+            if extension.number == registry.SUPPORTED_VERSIONS and len(extension.data) == 2:
                 return int.from_bytes(extension.data, "big")
         return self.legacy_version
 
@@ -358,8 +359,8 @@ def _server_hello(reader: Reader) -> ServerHello:
 def _request_13(reader: Reader) -> CertificateRequest:
     context, extensions = reader.vector(1), read_extensions(reader, "request")
     by_number = {extension.number: extension.data for extension in extensions}
-    schemes = read_numbers(Reader(by_number.get(_SCHEMES, b"\0\0")).inside(2), 2)
-    authorities = read_names(Reader(by_number.get(_AUTHORITIES, b"\0\0")).inside(2))
+    schemes = read_numbers(Reader(by_number.get(registry.SIGNATURE_ALGORITHMS, b"\0\0")).inside(2), 2)
+    authorities = read_names(Reader(by_number.get(registry.CERTIFICATE_AUTHORITIES, b"\0\0")).inside(2))
     return CertificateRequest(context, (), schemes, authorities, extensions)
 
 

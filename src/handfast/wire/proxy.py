@@ -87,23 +87,20 @@ class Proxied:
     tlvs: tuple[tuple[int, bytes], ...] = ()
 
 
-def proxy_v2(endpoints: Endpoints | None, tls: TlsFacts | None = None, *, checksum: bool = False) -> bytes:
+def proxy_v2(endpoints: Endpoints | None, tls: TlsFacts | None = None) -> bytes:
     """Return a header of version 2: a PROXY of a stream, or a LOCAL where `endpoints` is None.
 
-    An IPv4 end beside an IPv6 one is written as IPv4-mapped. Readers have limits: nginx takes 4,096 bytes, and before
-    1.23.3 only 107, so a certificate is for readers that want it. ValueError for what cannot be written: a host that
-    is no IP address or has a zone, a UNIX path of more than 108 bytes or beside an address, TLVs that do not fit.
-    The connection must then not be made.
+    An IPv4 end beside an IPv6 one is written as IPv4-mapped; a zone (`%eth0`) is left out, for it means nothing on
+    another machine (RFC 4007 6). Readers have limits: nginx takes 4,096 bytes, and before 1.23.3 only 107, so a
+    certificate is for readers that want it. ValueError for what cannot be written: a host that is no IP address, a UNIX
+    path of more than 108 bytes or beside an address, TLVs that do not fit. The connection must then not be made.
     """
     command, (family, addresses) = (_PROXY, _packed(endpoints)) if endpoints is not None else (_LOCAL, (0, b""))
     tlvs = b"" if tls is None else _tls_tlvs(tls)
-    if checksum:
-        tlvs += _tlv(CRC32C, bytes(4))
     length = len(addresses) + len(tlvs)
     if length > 0xFFFF:
         raise ValueError("a PROXY header of more than 65,551 bytes")
-    header = _SIGNATURE + bytes((command, family)) + length.to_bytes(2, "big") + addresses + tlvs
-    return header[:-4] + crc32c(header).to_bytes(4, "big") if checksum else header
+    return _SIGNATURE + bytes((command, family)) + length.to_bytes(2, "big") + addresses + tlvs
 
 
 def read_proxy(data: bytes) -> tuple[Proxied, int] | None:
@@ -159,8 +156,6 @@ def _packed(endpoints: Endpoints) -> tuple[int, bytes]:
 def _as_ipv6(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bytes:
     if isinstance(address, ipaddress.IPv4Address):
         return bytes(10) + b"\xff\xff" + address.packed  # RFC 4291 2.5.5.2
-    if address.scope_id is not None:
-        raise ValueError("an address with a zone means nothing on another machine")
     return address.packed
 
 

@@ -1,0 +1,41 @@
+"""What asyncio's transports do not do or tell by themselves: resets, and news that its hearer may fail at.
+
+Shared by the guard and the connector; it knows nothing of either's protocols.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from typing import ParamSpec
+
+LINGER = 2.0  # seconds for a peer that was refused to read why
+LINGER_BYTES = 1 << 18  # and what it may send meanwhile
+_RESET = struct.pack("ii", 1, 0)  # socket(7): with a linger time of zero, close sends RST
+_P = ParamSpec("_P")
+
+
+def reset(transport: asyncio.Transport) -> None:
+    """Close at once, with a reset where the kind of socket has one: the peer must not take it for a quiet end."""
+    plug = transport.get_extra_info("socket")
+    if plug is not None and plug.family != getattr(socket, "AF_UNIX", None):
+        with suppress(OSError):  # it is closed already
+            plug.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    transport.abort()
+
+
+def was_reset(transport: asyncio.Transport) -> bool:
+    """Whether an end is none: libuv tells of a reset that comes together with bytes as of an end after them."""
+    plug = transport.get_extra_info("socket")
+    return plug is not None and plug.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
+
+
+def tell(on_bug: Callable[[Exception], None], what: Callable[_P, None], *news: _P.args, **more: _P.kwargs) -> None:
+    """Tell an owner something; what it raises is a bug, which `on_bug` hears of. Nothing gets into the event loop."""
+    try:
+        what(*news, **more)
+    except Exception as bug:
+        on_bug(bug)
