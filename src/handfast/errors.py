@@ -167,7 +167,7 @@ class Reason(Enum):
     VERIFY_UNKNOWN_ISSUER = _verify(
         "unknown_issuer",
         "{subject} was issued by {issuer}, which is not in the trust bundle",
-        "use a certificate of an authority in the bundle, or add that authority to the bundle",
+        "add that authority to the bundle; if it stands below one in it, have its certificate sent after the leaf",
     )
     VERIFY_BAD_SIGNATURE = _verify(
         "bad_signature", "the signature on {subject} was not made by {issuer}", "the certificate was altered or forged"

@@ -359,6 +359,20 @@ def test_where_curl_fails_over_tls_we_say_why(home: Path, tmp_path: Path, case: 
         assert told["error"] == ("connect.untrusted" if case == "name" else "connect.refused")
 
 
+@pytest.mark.parametrize("option", ["--resolve", "--connect-to"])
+def test_curl_that_is_led_elsewhere_is_explained_too(home: Path, tmp_path: Path, option: str) -> None:
+    """Where curl's own options say which address a name has, our explanation is of the server there."""
+    port, there = free_port(), f":{free_port()}"
+    url, where = f"https://wrong.example:{port}/", f"wrong.example:{port}:127.0.0.1"
+    if option == "--connect-to":
+        url, where = f"https://wrong.example{there}/", f"wrong.example{there}:127.0.0.1:{port}"
+    with Child(("openssl", "s_server", "-accept", f"127.0.0.1:{port}", "-www", *OWN_SERVER), tmp_path) as server:
+        server.line("^ACCEPT")
+        done = handfast("curl", url, "--as", "web", "-sS", option, where, folder=tmp_path)
+    assert done.returncode == 60
+    assert "the certificate is for dns:localhost, not for dns:wrong.example" in done.stderr.partition("handfast: ")[2]
+
+
 def test_a_machine_without_curl_is_told_so(
     home: Path, tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

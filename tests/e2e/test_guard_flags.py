@@ -125,7 +125,7 @@ def test_a_good_configuration_is_said_to_be_good(call: Caller, tmp_path: Path) -
     assert said == Outcome(Exit.OK, "good: 1 listener(s): main on 127.0.0.1:8443\n", "")
     assert call("guard", *NEEDED, "--check") == said
     as_json = call.done("guard", "-c", "handfast.toml", "--check")
-    assert as_json == {"good": True, "listeners": ["main on 127.0.0.1:8443"]}
+    assert as_json == {"good": True, "listeners": ["main on 127.0.0.1:8443"], "warnings": []}
     done = handfast("guard", "-c", "handfast.toml", "--check", folder=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (Exit.OK, said.out, "")
 

@@ -193,7 +193,7 @@ def test_connections_of_one_identity() -> None:
         "setting": "connections_per_identity",
         "who": "the identity web",
         "identity": "web",
-        "limit": 1,
+        "limit": "1",
     }
     assert failure.message == (
         "the identity web has as many connections open as the listener main allows (connections_per_identity = 1)"
@@ -286,6 +286,7 @@ def test_workers_share_the_limits() -> None:
         handshakes_per_second=Rate(25, 1),
         requests_per_second=Rate(2, 2),
         requests_per_second_per_identity=Rate(5, 5),
+        workers=4,
     )
     assert rates.share(1) == rates
 

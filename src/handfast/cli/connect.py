@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -62,7 +63,9 @@ _CURL_TLS = frozenset({35, 52, 55, 56, 58, 60, 77, 83, 90, 91, 92})
 _URLS = ("https://", "http://")
 _CURL_TAKES_URLS = frozenset({"-e", "--referer", "-x", "--proxy", "--preproxy", "--doh-url", "-H", "--header", "-d"})
 # With these curl does not go where the URL says, or not with our files; a trial of ours would tell nothing.
-_CURL_ELSEWHERE = ("--resolve", "--connect-to", "--proxy", "-x", "--socks", "--preproxy", "--unix-socket", "-E")
+_CURL_ELSEWHERE = ("--proxy", "-x", "--socks", "--preproxy", "--unix-socket", "-E")
+
+_CONNECT_TO = re.compile(r"([^:\[]*|\[[^]]*\]):(\d*):([^:\[]*|\[[^]]*\]):(\d*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +201,7 @@ def curl_(words: tuple[str, ...], identity: Identity, as_json: bool) -> int:
     if code not in _CURL_TLS or not tls or any(word.startswith(_CURL_ELSEWHERE) for word in words):
         return code
     try:
-        _run(try_out(Route(host, port), generation))
+        _run(try_out(Route(*_led_elsewhere(words, host, port)), generation))
     except CallFailed as failed:
         failure = failed.verdict.failure
         if as_json:
@@ -409,6 +412,21 @@ def _url_in(words: tuple[str, ...]) -> str:
         if before == "--url" or (word.lower().startswith(_URLS) and before not in _CURL_TAKES_URLS):
             return word
     raise click.UsageError("there is no URL; give it first, or with https:// before it")
+
+
+def _led_elsewhere(words: tuple[str, ...], host: str, port: int) -> tuple[str, int]:
+    """Where curl's --resolve or --connect-to, as curl(1) has them, lead a call to this host and port."""
+    for option, value in pairwise(words):
+        if option == "--resolve":
+            asked, _, rest = value.removeprefix("+").partition(":")
+            asked_port, _, addresses = rest.partition(":")
+            if asked.lower() in (host.lower(), "*") and asked_port == str(port):
+                return addresses.split(",")[0].strip("[]"), port
+        if option == "--connect-to":
+            found = _CONNECT_TO.fullmatch(value)
+            if found and found[1].lower() in ("", host.lower()) and found[2] in ("", str(port)):
+                return found[3].strip("[]") or host, int(found[4] or port)
+    return host, port
 
 
 def _host_of(url: str) -> tuple[str, int]:

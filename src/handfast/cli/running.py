@@ -24,7 +24,7 @@ from typing import Any
 import click
 
 from handfast.cli.output import print_json
-from handfast.cli.starting import silent_apps
+from handfast.cli.starting import doubts, silent_apps
 from handfast.errors import Failure, HandfastError, Reason, Unreachable
 from handfast.guard import handover, systemd
 from handfast.guard.admin import Admin, AdminFacts, Drain, Reports, send_state, status_of, unready_for
@@ -93,7 +93,7 @@ def serve(serving: Serving) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Telling:
-    """How a guard speaks to who started it. `ready` is told the URLs, and of apps that do not answer (to people).
+    """How a guard speaks to who started it. `ready` is told the URLs, and what is doubtful.
 
     `by_file`: whether its settings stand in a file, which remedies then name.
     """
@@ -101,11 +101,11 @@ class Telling:
     ready: ReadyOrNot
     as_json: bool
     by_file: bool = False
-    silent: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
 
     def say(self, urls: list[str]) -> dict[str, object]:
         """See `Serving.ready`."""
-        return self.ready(urls, self.silent)
+        return self.ready(urls, self.doubts)
 
 
 def run(config: Config, make: Make, telling: Telling) -> int:
@@ -113,18 +113,17 @@ def run(config: Config, make: Make, telling: Telling) -> int:
     count = config.workers or auto_workers()
     # What is wrong is said before anything is bound. But a ledger belongs to one user, who we are only then.
     early = config.user is None or config.state is None
-    upstreams = _tried(make) if early else []
+    tried = _tried(make) if early else None
     sockets = _sockets(config, count, telling.by_file)
     admin = sockets.get(_ADMIN, [None])[0]
     try:
         become_user(config)
         forbid_core_dumps()
-        upstreams = upstreams if early else _tried(make)
+        upstreams, said = tried or _tried(make)
     except HandfastError:
         _close(sockets)
         raise
-    if not telling.as_json:
-        telling = replace(telling, silent=tuple(silent_apps(upstreams)))
+    telling = replace(telling, doubts=(*said, *(() if telling.as_json else silent_apps(upstreams))))
     if count > 1:
         return _run_workers(config, make, telling, (count, sockets, admin))
     with _confined(config, make, alone=True) as assembly:
@@ -140,11 +139,12 @@ def become_user(config: Config) -> None:
     drop_privileges(config.user, config.group)
 
 
-def _tried(make: Make) -> list[Upstreams]:
-    """Build once, to know that it can be done; return the apps. Raises HandfastError."""
+def _tried(make: Make) -> tuple[list[Upstreams], list[str]]:
+    """Build once, to know that it can be done; return the apps, and what is doubtful. Raises HandfastError."""
+    now = datetime.now(UTC)
     with make() as assembly:
-        assembly.build(datetime.now(UTC))
-        return assembly.upstreams()
+        snapshot, upstreams = assembly.build(now), assembly.upstreams()
+        return upstreams, doubts(snapshot, upstreams, now)
 
 
 def _run_workers(
@@ -159,7 +159,7 @@ def _run_workers(
     def work(worker: Worker) -> int:
         own = {name: hands[worker.index] for name, hands in dealt.items()}
         with _confined(config, make) as assembly:
-            quiet = replace(telling, ready=lambda urls, silent: {})
+            quiet = replace(telling, ready=lambda urls, told: {})
             return serve(_serving(assembly, own, quiet, worker=worker, log_lock=lock))
 
     def oversee(worker: Worker) -> int:

@@ -15,7 +15,7 @@ from click.core import ParameterSource
 
 from handfast.cli.output import as_json_option, choice, example, first_line, key_passphrase_option, print_json
 from handfast.cli.running import TakenText, Telling, become_user, run
-from handfast.cli.starting import loose_files
+from handfast.cli.starting import doubts, loose_files
 from handfast.errors import HandfastError
 from handfast.guard.assembly import Assembly, Feed
 from handfast.guard.assertion import Minter
@@ -78,9 +78,6 @@ _file = click.Path(path_type=Path)
 @click.option(
     "--keys",
     is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=lambda context, _parameter, asked: _say_keys(context, asked),
     help="List the keys of a handfast.toml, and end.",
 )
 @click.option(
@@ -106,12 +103,14 @@ _file = click.Path(path_type=Path)
 @click.option("--legacy-certs", is_flag=True, help="Admit clients whose certificates lack key usage or names (by CN).")
 @no_ca_names_option
 @as_json_option
-def guard_(file: Path | None, check: bool, as_json: bool, **flags: Any) -> int | None:
+def guard_(file: Path | None, check: bool, keys: bool, as_json: bool, **flags: Any) -> int | None:
     """Put mutual TLS in front of the app at TARGET, with your own server certificate and client authority.
 
     Without --allow, every client with a valid certificate of that authority is let through, as nginx does with
     ssl_verify_client on. A file says all that flags say, and more: many listeners, sites by server name, routes.
     """
+    if keys:
+        return _say_keys(as_json)
     try:
         if file is None:
             config = _from_flags(flags, as_json)
@@ -137,9 +136,10 @@ def _guard(config: Config, file: Path | None, check: bool, as_json: bool) -> int
     if check:
         if os.geteuid() == 0:
             become_user(config)  # who must be able to read it all
+        now = datetime.now(UTC)
         with make() as assembly:
-            assembly.build(datetime.now(UTC))
-        _say_checked(config, as_json)
+            said = doubts(assembly.build(now), assembly.upstreams(), now)
+        _say_checked(config, as_json, [*loose_files(config, file), *said])
         return 0
     ready = partial(_ready, config, loose_files(config, file), as_json)
     return run(config, make, Telling(ready, as_json, by_file=file is not None))
@@ -210,28 +210,30 @@ def _workers(text: str) -> int:
     return int(text)
 
 
-def _say_keys(context: click.Context, asked: bool) -> None:
-    if not asked or context.resilient_parsing:
-        return
+def _say_keys(as_json: bool) -> int:
+    if as_json:
+        print_json([{"key": key.key, "text": key.text, "takes": key.kind, "default": key.default} for key in KEYS])
+        return 0
     for key in KEYS:
         click.echo(key.key)
         default = f" Default: {key.default}." if key.default else ""
         click.echo(f"    {key.text} Takes {key.kind}.{default}")
-    context.exit()
+    return 0
 
 
-def _say_checked(config: Config, as_json: bool) -> None:
+def _say_checked(config: Config, as_json: bool, warnings: list[str]) -> None:
     places = [f"{listener.name} on {listener.listen}" for listener in config.listeners]
     if as_json:
-        print_json({"good": True, "listeners": places})
+        print_json({"good": True, "listeners": places, "warnings": warnings})
     else:
+        _warn(warnings)
         click.echo(f"good: {len(places)} listener(s): {', '.join(places)}")
 
 
 def _ready(
-    config: Config, loose: list[str], as_json: bool, urls: list[str], silent: Sequence[str] = ()
+    config: Config, loose: list[str], as_json: bool, urls: list[str], doubtful: Sequence[str] = ()
 ) -> dict[str, object]:
-    shown, warnings = [], [*loose, *silent]
+    shown, warnings = [], [*loose, *doubtful]
     for url, listener in zip(urls, config.listeners, strict=True):
         sites = [_shown(config, site) for site in listener.all_sites]
         first = {"to": sites[0]["to"], "allow": sites[0]["allow"]}

@@ -10,13 +10,18 @@ import socket
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from time import monotonic
 
 from handfast.errors import VerificationFailed
 from handfast.guard.places import Target, no_way
+from handfast.guard.routes import Site, Snapshot
 from handfast.guard.schema import Config
 from handfast.guard.upstream import Handshake, Upstreams
+from handfast.pki.certificates import label
+from handfast.pki.names import parse_name
+from handfast.pki.verification import name_matches
 from handfast.tls.channel import TlsBroken
 
 _LONGEST = 2.0  # seconds to look at all apps; those that are left then are not looked at
@@ -84,6 +89,34 @@ def _shake_hands(plug: socket.socket, handshake: Handshake) -> None:
     finally:
         with suppress(OSError):  # it may be gone; what went wrong before says more
             plug.sendall(handshake.take())
+
+
+def doubts(snapshot: Snapshot, groups: Iterable[Upstreams], now: datetime) -> list[str]:
+    """What a guard may serve with, and yet is hardly meant: lists that let nobody in, names that its certificate has
+    not, a certificate near its end, an app that others on this machine can reach past it.
+    """
+    said = [doubt for sites in snapshot.sites.values() for site in sites.all for doubt in _doubts_of(site, now)]
+    for target in (backend.target for group in groups for backend in group.backends):
+        with suppress(OSError):  # it is not there yet
+            if target.path and stat.S_IMODE(Path(target.path).stat().st_mode) & 0o002:
+                close = f"chmod o-w {shlex.quote(target.path)}"
+                said.append(f"everyone on this machine can reach {target} past the guard; close it: {close}")
+    return list(dict.fromkeys(said))
+
+
+def _doubts_of(site: Site, now: datetime) -> Iterator[str]:
+    terms, leaf = site.context.terms, site.context.credential.chain[0]
+    for anchor in terms.bundle.anchors if terms.crls is not None else ():
+        failure = terms.crls.failure(anchor, anchor, now) if terms.crls is not None else None
+        if failure is not None:
+            yield f"{failure.message}: every client of it is refused [{failure.reason.code}]"
+    for name in site.names:
+        if not name.startswith("*.") and not name_matches(leaf, parse_name(name)):
+            yield f"the certificate {label(leaf)} is not for {name}, so clients that ask for it will refuse it"
+    left = leaf.not_valid_after_utc - now
+    if left < (leaf.not_valid_after_utc - leaf.not_valid_before_utc) / 10:
+        end = f"{leaf.not_valid_after_utc:%Y-%m-%d %H:%M:%S}"
+        yield f"the certificate {label(leaf)} ends at {end} UTC: put a new one in its place"
 
 
 def loose_files(config: Config, source: Path | None) -> list[str]:

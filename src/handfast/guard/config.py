@@ -311,6 +311,14 @@ _LISTENER = Table(
     SimpleNamespace(**_DEFAULTS),
     _make_listener,
 )
+
+
+def _make_health(given: dict[str, Any]) -> HealthConfig:
+    if "interval" in given:  # or the default of the one would contradict the other
+        given = {"timeout": min(HealthConfig().timeout, given["interval"])} | given
+    return HealthConfig(**given)
+
+
 _HEALTH = Table(
     "[upstream.NAME.health]",
     {
@@ -320,12 +328,14 @@ _HEALTH = Table(
             default="that it takes a connection is enough",
         ),
         "interval": Key(kinds.length("100ms", "1h"), "Between two checks of a target."),
-        "timeout": Key(kinds.length("10ms", "1h"), "How long an answer may take."),
+        "timeout": Key(
+            kinds.length("10ms", "1h"), "How long an answer may take.", default="2s, or interval if that is less"
+        ),
         "rise": Key(kinds.whole(1, 100), "Good checks in a row that bring a target back."),
         "fall": Key(kinds.whole(1, 100), "Bad checks in a row that take a target out."),
     },
     HealthConfig(),
-    lambda given: HealthConfig(**given),
+    _make_health,
 )
 _UPSTREAM = Table(
     "[upstream.NAME]",

@@ -147,9 +147,15 @@ class Rate:
         return f"{self.per_second:g} a second, {self.burst:g} at once"
 
 
+_UNDIVIDED = frozenset({"requests_per_second_per_address", "requests_per_second_per_identity"})
+
+
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """The limits of one listener; None is no limit. The field names are those of the settings."""
+    """The limits of one listener; None is no limit. The field names are those of the settings.
+
+    `workers`: of how many these are one's share.
+    """
 
     connections: int | None = None  # open at once
     connections_per_address: int | None = None
@@ -160,6 +166,7 @@ class Rates:
     requests_per_second: Rate | None = None
     requests_per_second_per_address: Rate | None = None
     requests_per_second_per_identity: Rate | None = None
+    workers: int = 1
 
     def share(self, workers: int) -> Rates:
         """What one of several worker processes may take, so that together they keep these limits.
@@ -168,11 +175,11 @@ class Rates:
         The requests of one address or identity are not: they often come over one connection, and so to one worker;
         who opens many connections may get up to `workers` times as many.
         """
-        whole = ("requests_per_second_per_address", "requests_per_second_per_identity")
-        shared: dict[str, Any] = {}
+        shared: dict[str, Any] = {"workers": workers}
         for field in fields(self):
-            limit = getattr(self, field.name)
-            shared[field.name] = limit if field.name in whole else _part(limit, workers)
+            if field.name != "workers":
+                limit = getattr(self, field.name)
+                shared[field.name] = limit if field.name in _UNDIVIDED else _part(limit, workers)
         return Rates(**shared)
 
 
@@ -285,10 +292,18 @@ class Gate:
         return bucket is not None and not bucket.take(now)
 
     def _many(self, setting: str, ceiling: int | None, kind: str, key: str) -> Failure:
-        return Failure(Reason.LIMIT_CONNECTIONS, self._facts(setting, kind, key) | {"limit": ceiling})
+        return Failure(
+            Reason.LIMIT_CONNECTIONS, self._facts(setting, kind, key) | {"limit": self._told(setting, ceiling)}
+        )
 
     def _often(self, reason: Reason, setting: str, kind: str, key: str) -> Failure:
-        return Failure(reason, self._facts(setting, kind, key) | {"limit": str(getattr(self.rates, setting))})
+        limit = self._told(setting, getattr(self.rates, setting))
+        return Failure(reason, self._facts(setting, kind, key) | {"limit": limit})
+
+    def _told(self, setting: str, limit: object) -> str:
+        workers = self.rates.workers
+        share = "" if workers == 1 or setting in _UNDIVIDED else f", the share of one of {workers} workers"
+        return f"{limit}{share}"
 
     def _facts(self, setting: str, kind: str, key: str) -> dict[str, str]:
         who = f"the {kind} {key}" if kind else f"the listener {self._listener}"

@@ -56,7 +56,8 @@ def load_bundle(path: Path) -> TrustBundle:
     for anchor in anchors:
         if not is_authority(anchor):  # a leaf as an anchor would vouch for itself
             detail = f"{label(anchor)} is not an authority's certificate"
-            raise InvalidInput(Reason.INPUT_NOT_CERTIFICATE, what=str(path), detail=detail)
+            remedy = "give the authority's own certificate, by which those of clients or servers are judged"
+            raise InvalidInput(Reason.INPUT_NOT_CERTIFICATE, what=str(path), detail=detail, remedy=remedy)
     return TrustBundle(anchors)
 
 
