@@ -194,7 +194,7 @@ class Reason(Enum):
     VERIFY_NO_EKU = _verify(
         "no_eku",
         "{subject} does not say what it is for (no extended key usage), so it is refused for {purpose} use",
-        "reissue it with {purpose}Auth, or admit such certificates with --legacy-certs",
+        "reissue it with {purpose}Auth, or admit such certificates with --legacy-certs (legacy_certs = true in a file)",
     )
     VERIFY_PURPOSE = _verify(
         "purpose",
@@ -205,7 +205,7 @@ class Reason(Enum):
     VERIFY_NO_NAME = _verify(
         "no_name",
         "{subject} carries no subject alternative name, so it names nobody",
-        "reissue it with a name, or admit such certificates by their CN with --legacy-certs",
+        "reissue it with a name, or admit such by their CN with --legacy-certs (legacy_certs = true in a file)",
     )
     VERIFY_FORBIDDEN_NAME = _verify("forbidden_name", "{subject} carries a name that no certificate may carry: {name}")
     VERIFY_SVID_NAMES = _verify("svid_names", "{subject} carries {count} URI names; a peer has one (X509-SVID 2)")
@@ -395,7 +395,11 @@ class Reason(Enum):
     TLS_NOT_TLS = _tls("not_tls", "the other side did not speak TLS")
     TLS_HANDSHAKE = _tls("handshake", "the handshake failed: {detail}")
     TLS_ALERT = _tls("alert", "the peer ended the handshake with the alert {alert}: {detail}")
-    TLS_VERSION = _tls("version", "the client offers no TLS version that is allowed here", "TLS 1.3 is asked for")
+    TLS_VERSION = _tls(
+        "version",
+        "the client offers no TLS version that is allowed here",
+        'TLS 1.3 is asked for; --tls-min 1.2 (tls_min = "1.2" in a file) takes the older one too',
+    )
     TLS_NO_COMMON = _tls("no_common", "client and server share no {what}")
     TLS_BAD_PROOF = _tls("bad_proof", "the client could not prove that it holds its certificate's key")
     TLS_UNKNOWN_NAME = _tls("unknown_name", "no site here is called {name}", "ask for a name that this guard serves")

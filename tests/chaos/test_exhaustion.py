@@ -165,10 +165,10 @@ def refuse(folder: Path, first: int, then: int, unknown: int) -> Memory:
     return memory
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_refused_handshakes_leave_nothing_behind(tmp_path: Path) -> None:
-    """After 1,000 refused clients of five kinds, 3,000 more cost no memory, no descriptor, and no request."""
-    memory = refuse(tmp_path, 1_000, 3_000, 50)
+    """After 4,000 refused clients of five kinds, 96,000 more cost no memory, no descriptor, and no request."""
+    memory = refuse(tmp_path, 4_000, 96_000, 50)
     assert memory.grown < 4 * MIB, memory
 
 

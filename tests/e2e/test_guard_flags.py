@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
-from handfast.cli.serve import _from_flags, guard_
+from handfast.cli.guard import _from_flags, guard_
 from handfast.errors import Exit
 from handfast.guard.config import parse_config
 from handfast.guard.schema import Config

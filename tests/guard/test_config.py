@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from handfast.errors import Failure, InvalidInput, Reason
 from handfast.guard import schema
 from handfast.guard.config import KEYS, KeyDoc, check_config, load_config, parse_config, parse_rules
+from handfast.guard.kinds import MAX_PROBLEMS, parse_duration, render_duration
 from handfast.guard.schema import (
     AdminConfig,
     AssertionConfig,
@@ -36,7 +37,6 @@ from handfast.guard.schema import (
     TlsVersion,
     UpstreamConfig,
 )
-from handfast.guard.settings import MAX_PROBLEMS, parse_duration, render_duration
 from handfast.tls.server import ClientAuth
 from handfast.wire.forwarding import HeaderStyle
 

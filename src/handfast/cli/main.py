@@ -22,7 +22,7 @@ from handfast.errors import Exit, Failure, HandfastError, Reason, StoreError, Ve
 # `version` nor the list of verbs need load a database.
 _VERBS = {
     "up": ("up", "Guard an app: authority, certificates and all."),
-    "guard": ("serve", "Guard an app with certificates you have."),
+    "guard": ("guard", "Guard an app with certificates you have."),
     "connect": ("connect", "Call a server: a plain local port that speaks mutual TLS."),
     "curl": ("connect", "Run curl with our certificate."),
     "demo": ("demo", "See it work: an app, a guard, and who gets through."),

@@ -567,9 +567,6 @@ def _report(guard: Guard, context: dict[str, Any]) -> None:
 
 
 def _loop(main: Coroutine[Any, Any, None]) -> None:
-    if sys.platform == "win32":  # uvloop is not to be had there
-        asyncio.run(main)
-    else:
-        import uvloop
+    import uvloop
 
-        uvloop.run(main)
+    uvloop.run(main)

@@ -11,10 +11,10 @@ import click
 
 from handfast.cli.certificates import file_base, issue_command
 from handfast.cli.clients import ClientFiles
+from handfast.cli.guard import allow_option, listen_option, no_ca_names_option, say, to_option
 from handfast.cli.opening import folder_of, founded
 from handfast.cli.output import as_json_option, example, passphrase_option, state_option
 from handfast.cli.running import Serving, serve
-from handfast.cli.serve import allow_option, listen_option, no_ca_names_option, say, to_option
 from handfast.cli.starting import loose_keys, silent_apps
 from handfast.cli.upkeep import LISTENER, Upkeep
 from handfast.errors import HandfastError, InvalidInput, Reason

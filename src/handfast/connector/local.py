@@ -422,7 +422,7 @@ class Local(asyncio.Protocol):
 
 def peer_of(plug: socket.socket) -> tuple[int, int] | None:
     """The uid and pid at the other end of a UNIX socket (SO_PEERCRED, unix(7)); None for any other socket."""
-    if plug.family != getattr(socket, "AF_UNIX", None):
+    if plug.family != socket.AF_UNIX:
         return None
     pid, uid, _ = struct.unpack("3i", plug.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return uid, pid

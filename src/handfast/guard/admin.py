@@ -103,7 +103,7 @@ class Admin:
         """Begin to serve on a bound stream socket, TCP or UNIX; returns at once."""
         loop = asyncio.get_running_loop()
         make = partial(_Client, self)
-        if plug.family == getattr(socket, "AF_UNIX", None):
+        if plug.family == socket.AF_UNIX:
             self._local = False  # no browser can be led to it
             self._server = await loop.create_unix_server(make, sock=plug)
         else:

@@ -25,7 +25,7 @@ from handfast.guard.config import parse_config, parse_rules, read_config
 from handfast.guard.connection import Limits, Listener
 from handfast.guard.limits import Gate, Rate, Rates
 from handfast.guard.ocsp import OcspChecker
-from handfast.guard.places import Target, parse_target
+from handfast.guard.places import Speech, Target, parse_target
 from handfast.guard.routes import H2, HTTP1, HTTP_ALPN, Identify, Route, Site, Sites, Snapshot
 from handfast.guard.schema import (
     Balance,
@@ -489,7 +489,7 @@ def caller_of(
             host = asked.server_name or target.host
             name: Name | None = parse_name(host) if expect is None else None
             terms = Terms(bundle, Purpose.SERVER, name=name, revocations=revocations)
-            alpn = (H2,) if target.speech.value == "h2" else ()
+            alpn = (H2,) if target.speech is Speech.HTTP2 else ()
             old = asked.tls_min is TlsVersion.TLS12
             settings = ClientSettings(server_name_of(host) if host else None, expect, allow_tls12=old, alpn=alpn)
             context = contexts[target] = ClientContext(credential, terms, settings)

@@ -18,7 +18,8 @@ from typing import Any
 
 from handfast.errors import InvalidInput, Reason
 from handfast.files import read_file
-from handfast.guard import settings as kinds
+from handfast.guard import kinds
+from handfast.guard.kinds import MAX_PROBLEMS, Key, Kind, Notes, Spot, Table, read_table, render_duration
 from handfast.guard.schema import (
     AdminConfig,
     AssertionConfig,
@@ -38,7 +39,6 @@ from handfast.guard.schema import (
     UpstreamConfig,
     find_conflicts,
 )
-from handfast.guard.settings import MAX_PROBLEMS, Key, Kind, Notes, Spot, Table, read_table, render_duration
 from handfast.policy import Rule, parse_rule
 from handfast.tls.server import ClientAuth
 from handfast.wire.forwarding import HeaderStyle

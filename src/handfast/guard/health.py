@@ -12,6 +12,7 @@ from time import monotonic
 
 from handfast.errors import Failure, RemoteProtocolError
 from handfast.guard.events import EventLog
+from handfast.guard.places import Speech
 from handfast.guard.schema import HealthConfig
 from handfast.guard.upstream import Backend, SecureUpstream, Upstream, Upstreams
 from handfast.wire.http1 import MAX_HEAD, find_head, parse_response_head
@@ -101,7 +102,7 @@ class _Probe:
     def upstream_open(self, upstream: Upstream | SecureUpstream) -> None:
         """See Owner."""
         self._upstream = upstream
-        if self._path is None or not self._backend.target.http or self._backend.target.speech.value == "h2":
+        if self._path is None or not self._backend.target.http or self._backend.target.speech is Speech.HTTP2:
             self._say("")
             return
         host = self._backend.target.host or "localhost"

@@ -70,8 +70,7 @@ def _resolve(place: Place) -> tuple[socket.AddressFamily, Any]:
 def _listen(family: int, address: Any, *, shared: bool) -> socket.socket:
     plug = socket.socket(family, socket.SOCK_STREAM)
     try:
-        if os.name == "posix":
-            plug.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        plug.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared:
             plug.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         plug.setblocking(False)

@@ -7,6 +7,7 @@ whether its time is up and whether its peer is still trusted.
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -146,14 +147,10 @@ class Guard:
         for connection in list(self.connections):
             connection.recheck(now)
 
-    def refresh_now(self) -> None:
-        """Ask for a new snapshot without waiting for the next tick."""
-        self._refresh()
-
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()
         self._ticker = loop.call_later(TICK, self._tick)
-        self._refresh()
+        self.refresh_now()
         if self._full and not self.draining:
             self._resuming = loop.create_task(self._resume())  # held: the loop itself holds it weakly
         moment, now = monotonic(), self.now
@@ -164,7 +161,8 @@ class Guard:
         self._flusher = asyncio.get_running_loop().call_later(FLUSH, self._flush)
         self.log.flush()
 
-    def _refresh(self) -> None:
+    def refresh_now(self) -> None:
+        """Ask for a new snapshot, and put it in force."""
         if self.refresh is None:
             return
         try:
@@ -190,10 +188,6 @@ class Guard:
 
 def _ceiling() -> float:
     """The descriptor from which on a client's is one of the last."""
-    try:
-        import resource
-    except ImportError:  # not POSIX
-        return float("inf")
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     least, most = _SPARE
     return limit - max(least, min(most, limit // 8))
@@ -201,10 +195,6 @@ def _ceiling() -> float:
 
 def raise_descriptor_limit() -> None:
     """Ask for as many file descriptors as the system gives: each client takes up to two."""
-    try:
-        import resource
-    except ImportError:  # not POSIX
-        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -21,7 +21,7 @@ _P = ParamSpec("_P")
 def reset(transport: asyncio.Transport) -> None:
     """Close at once, with a reset where the kind of socket has one: the peer must not take it for a quiet end."""
     plug = transport.get_extra_info("socket")
-    if plug is not None and plug.family != getattr(socket, "AF_UNIX", None):
+    if plug is not None and plug.family != socket.AF_UNIX:
         with suppress(OSError):  # it is closed already
             plug.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
     transport.abort()

@@ -6,7 +6,6 @@ pyOpenSSL hands out (library, function, reason) texts and no numbers; the texts 
 from __future__ import annotations
 
 from OpenSSL import SSL
-from OpenSSL.crypto import Error as _CryptoError
 
 from handfast.errors import Failure, Reason
 
@@ -97,7 +96,7 @@ def path_detail(error: int, depth: int) -> str:
     return f"{_PATH_ERRORS.get(error, f'X509_V_ERR {error}')} (certificate {depth} of the chain)"
 
 
-def _text(error: SSL.Error | _CryptoError) -> str:
+def _text(error: SSL.Error) -> str:
     """The last reason in OpenSSL's queue, in lower case."""
     if error.args and isinstance(error.args[0], list) and error.args[0]:
         return str(error.args[0][-1][-1]).lower()

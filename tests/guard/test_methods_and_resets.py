@@ -1,4 +1,4 @@
-"""What a third review found, each with the attack that showed it."""
+"""Methods without end, streams that we are made to reset, and what comes after the end of HTTP/2."""
 
 from __future__ import annotations
 

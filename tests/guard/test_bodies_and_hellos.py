@@ -1,4 +1,4 @@
-"""What a second review found, each with the attack that showed it."""
+"""Bodies that end otherwise than they said, hellos that change their mind, refusals without end."""
 
 from __future__ import annotations
 

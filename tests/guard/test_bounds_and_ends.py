@@ -1,4 +1,4 @@
-"""Holes that a review of the guard found, each closed and held by a test."""
+"""What a refused or slow client, an app that resets, or a log that fails cannot bring about."""
 
 from __future__ import annotations
 

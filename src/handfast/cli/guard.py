@@ -21,6 +21,7 @@ from handfast.guard.assembly import Assembly, Feed
 from handfast.guard.assertion import Minter
 from handfast.guard.config import KEYS, check_config, load_config
 from handfast.guard.handover import say_failed
+from handfast.guard.kinds import parse_duration
 from handfast.guard.places import parse_place, parse_target
 from handfast.guard.schema import (
     AdminConfig,
@@ -34,7 +35,6 @@ from handfast.guard.schema import (
     SiteConfig,
     TlsVersion,
 )
-from handfast.guard.settings import parse_duration
 from handfast.guard.workers import auto_workers
 from handfast.policy import parse_policy
 from handfast.tls.server import ClientAuth
