@@ -1,4 +1,4 @@
-"""The long forms of what `tests/chaos` does in seconds: each takes minutes, prints its figures, and fails if it must.
+"""What `tests/chaos` does, as long as is wanted: each prints its figures, and fails if it must.
 
 python benchmarks/soak.py chaos --minutes 1
 python benchmarks/soak.py identities --requests 100000

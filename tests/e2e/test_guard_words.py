@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.guard_kit import Files, guarding, named
+from tests.e2e.guard_kit import Files, guarding, metric, named
 from tests.e2e.kit import Caller
 from tests.e2e.test_guard_revocation import crl
 from tests.support.apps import App
@@ -189,3 +190,14 @@ def test_keys_are_for_scripts_too(call: Caller) -> None:
     assert {"key", "text", "takes", "default"} == set(listed[0])
     assert any(one["key"] == "listener.cert" for one in listed)
     assert "listener.cert\n" in call("guard", "--keys").out
+
+
+def test_a_list_shows_when_it_is_due(tmp_path: Path) -> None:
+    """The metrics tell until when a revocation list holds, before it refuses everybody."""
+    files, admin = Files(tmp_path), free_port()
+    config = f'[admin]\nlisten = "127.0.0.1:{admin}"\n' + LISTENER.format(to="127.0.0.1:9")
+    name = "handfast_revocation_list_next_update_timestamp_seconds"
+    with guarding(tmp_path, config + _fresh_list(files)):
+        assert metric(admin, f'{name}{{list="public, CN=Test Root"}}') > time.time()
+    with guarding(tmp_path, config):
+        assert metric(admin, name) == 0

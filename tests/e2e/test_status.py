@@ -51,7 +51,7 @@ def line(pattern: str, found: list[str]) -> str:
 
 def busy() -> Metrics:
     metrics = Metrics()
-    metrics.set_snapshot(7, 1200.0, {"main": 2000.0 + 3 * 3600 + 60, "old": 1400.0})
+    metrics.set_snapshot(7, 1200.0, {"main": 2000.0 + 3 * 3600 + 60, "old": 1400.0}, {"main, CN=Root": 1940.0})
     metrics.reload("kept", "input.not_key")
     metrics.upstream("app", "127.0.0.1:8000", True, 12)
     metrics.upstream("other", "127.0.0.1:8001", False, 0)
@@ -77,6 +77,7 @@ def test_one_view_shows_what_there_is() -> None:
     assert line("limit.requests", shown).split() == ["limit.requests", "1"]
     assert "ends in 3 h 1 min" in line("^  main", shown)
     assert "ENDED 10 min ago" in line("^  old", shown)
+    assert "WAS DUE" in line("^  list of main, CN=Root", shown)
     assert "number 7, loaded 13 min 20 s ago" in line("^  snapshot", shown)
     assert "1 kept: input.not_key" in line("reloads", shown)
     assert "healthy, 12 connections" in line("^  app", shown)

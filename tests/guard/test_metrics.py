@@ -47,7 +47,7 @@ def value(samples: dict[str, list[Sample]], metric: str, **labels: str) -> float
 def busy(worker: int = 0) -> Metrics:
     """Metrics with one of everything."""
     metrics = Metrics(worker)
-    metrics.set_snapshot(3, 1000.0, {"main": 5000.0, "other": 9000.0})
+    metrics.set_snapshot(3, 1000.0, {"main": 5000.0, "other": 9000.0}, {"main, CN=Root": 4500.0})
     metrics.connection_opened("main")
     metrics.connection_opened("main")
     metrics.connection_closed("main")
@@ -81,6 +81,7 @@ def test_everything_is_told_to_prometheus() -> None:
     assert told("handfast_limited_total", reason="limit.requests") == 1
     assert told("handfast_bytes_total", listener="main", direction="out") == 2000
     assert told("handfast_certificate_expiry_timestamp_seconds", certificate="main") == 5000
+    assert told("handfast_revocation_list_next_update_timestamp_seconds", list="main, CN=Root") == 4500
     assert told("handfast_snapshot_generation") == 3
     assert told("handfast_snapshot_age_seconds") == 60
     assert told("handfast_log_broken") == 0

@@ -308,7 +308,8 @@ class _Process:
         self._snapshots += 1
         guard, assembly = self._guard, self._serving.assembly
         ends = {} if assembly is None else {name: end.timestamp() for name, end in assembly.certificates.items()}
-        guard.metrics.set_snapshot(self._snapshots, guard.loaded, ends)
+        lists = {} if assembly is None else {name: end.timestamp() for name, end in assembly.lists.items()}
+        guard.metrics.set_snapshot(self._snapshots, guard.loaded, ends, lists)
 
     def _state(self) -> State:
         metrics = self._guard.metrics

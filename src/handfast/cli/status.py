@@ -313,11 +313,13 @@ def _refused(change: Change) -> list[Line]:
 def _in_force(now: Status, width: int) -> list[Line]:
     state = now["state"]
     lines: list[Line] = []
-    for name, not_after in sorted(state["certificates"].items(), key=lambda item: item[1]):
-        left = not_after - now["now"]
-        words = f"ends in {_span(left)}" if left > 0 else f"ENDED {_span(-left)} ago"
+    ends = [(not_after, name, "ends", "ENDED") for name, not_after in state["certificates"].items()]
+    ends += [(due, f"list of {name}", "due", "WAS DUE") for name, due in state["lists"].items()]
+    for end, name, will, did in sorted(ends):
+        left = end - now["now"]
+        words = f"{will} in {_span(left)}" if left > 0 else f"{did} {_span(-left)} ago"
         colour = "red" if left <= 0 else "yellow" if left < 3600 else ""
-        lines.append((f"  {name:<36}{words} ({datetime.fromtimestamp(not_after, UTC):%Y-%m-%d %H:%M} UTC)", colour))
+        lines.append((f"  {name:<36}{words} ({datetime.fromtimestamp(end, UTC):%Y-%m-%d %H:%M} UTC)", colour))
     age = _span(now["now"] - state["loaded_at"])
     words = f"number {state['generation']}, loaded {age} ago" if state["generation"] else "NONE IN FORCE"
     lines.append((f"  {'snapshot':<36}{words}", "" if state["generation"] else "red"))

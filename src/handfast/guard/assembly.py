@@ -106,6 +106,7 @@ class Assembly:
     reach: tuple[Path, ...] | None = None
     listeners: dict[str, Listener] = field(default_factory=dict)
     certificates: dict[str, datetime] = field(default_factory=dict)  # listener and names -> when it expires
+    lists: dict[str, datetime] = field(default_factory=dict)  # listener and names, issuer -> when its list is due
     _groups: _Groups = field(default_factory=dict)
     _checkers: dict[_Asking, OcspChecker] = field(default_factory=dict)  # and so what they know outlives a snapshot
     # By listener and names: the newest list of each issuer that was ever in force, also of one that has none now.
@@ -238,6 +239,9 @@ class Assembly:
         }
         self._groups, self.certificates = making.groups, making.certificates
         self._loaded = making.loaded
+        self.lists = {
+            f"{key}, {issuer}": end for key, crls in making.crls.items() for issuer, end in crls.next_updates().items()
+        }
         for key, crls in making.crls.items():
             self._newest.setdefault(key, {}).update(crls.newest())
         for asked, group in making.groups.values():

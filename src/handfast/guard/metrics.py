@@ -18,6 +18,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from handfast import __version__
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 BOUNDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 MAX_SERIES = 500  # of one name; more are counted together as `other`
 MAX_DETAIL = 500  # characters of why a reload was kept back
-MAX_NAMED = 200  # certificates and upstreams that are shown; of certificates those that end first
+MAX_NAMED = 200  # certificates, lists and upstreams that are shown; of the first two those that end first
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"  # Prometheus' text format
 
@@ -65,6 +66,7 @@ class State(TypedDict):
     generation: int  # of the snapshot; 0: none is in force
     loaded_at: float
     certificates: dict[str, float]  # when each ends
+    lists: dict[str, float]  # when each revocation list is due
     upstreams: list[tuple[str, str, bool, int]]  # name, target, healthy, connections
     log_broken: bool
     kept: str  # why the last reload left in force what was, in words; "": it did not
@@ -116,6 +118,7 @@ class Metrics:
         self._generation = 0
         self._loaded_at = 0.0
         self._certificates: dict[str, float] = {}
+        self._lists: dict[str, float] = {}
         self._upstreams: dict[tuple[str, str], tuple[bool, int]] = {}
         self._log_broken = False
         self._kept = ""
@@ -160,11 +163,16 @@ class Metrics:
         if self._worker == 0:
             _count(self._counters["reloads"], (outcome, reason), 1)
 
-    def set_snapshot(self, generation: int, loaded_at: float, certificate_not_after: Mapping[str, float]) -> None:
+    def set_snapshot(
+        self,
+        generation: int,
+        loaded_at: float,
+        certificate_not_after: Mapping[str, float],
+        list_next_update: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         """Say what is in force. Instants are Unix seconds. Upstreams are forgotten, to be said anew."""
         self._generation, self._loaded_at = generation, loaded_at
-        soonest = sorted(certificate_not_after.items(), key=lambda item: item[1])[:MAX_NAMED]
-        self._certificates = dict(soonest)
+        self._certificates, self._lists = _soonest(certificate_not_after), _soonest(list_next_update)
         self._upstreams.clear()
 
     def upstream(self, name: str, target: str, healthy: bool, connections: int) -> None:
@@ -190,10 +198,15 @@ class Metrics:
             generation=self._generation,
             loaded_at=self._loaded_at,
             certificates=dict(self._certificates),
+            lists=dict(self._lists),
             upstreams=[(*names, *facts) for names, facts in self._upstreams.items()],
             log_broken=self._log_broken,
             kept=self._kept,
         )
+
+
+def _soonest(ends: Mapping[str, float]) -> dict[str, float]:
+    return dict(sorted(ends.items(), key=lambda item: item[1])[:MAX_NAMED])
 
 
 def _process(worker: int, started: float) -> Worker:
@@ -258,11 +271,14 @@ def merge(states: Iterable[State]) -> State:
     """
     every = list(states)
     certificates: dict[str, float] = {}
+    lists: dict[str, float] = {}
     upstreams: dict[tuple[str, str], tuple[bool, int]] = {}
     connections: dict[str, int] = {}
     for state in every:
         for name, not_after in state["certificates"].items():
             certificates[name] = min(not_after, certificates.get(name, not_after))
+        for name, next_update in state["lists"].items():
+            lists[name] = min(next_update, lists.get(name, next_update))
         for name, target, healthy, count in state["upstreams"]:
             all_healthy, sum_ = upstreams.get((name, target), (True, 0))
             upstreams[name, target] = (all_healthy and healthy, sum_ + count)
@@ -276,6 +292,7 @@ def merge(states: Iterable[State]) -> State:
         generation=min((state["generation"] for state in every), default=0),
         loaded_at=min((state["loaded_at"] for state in every), default=0.0),
         certificates=certificates,
+        lists=lists,
         upstreams=[(*names, *facts) for names, facts in upstreams.items()],
         log_broken=any(state["log_broken"] for state in every),
         kept=next((state["kept"] for state in every if state["kept"]), ""),
@@ -376,6 +393,9 @@ def _gauges(state: State, now: float) -> Iterator[_Family]:
     ends = [((name,), not_after) for name, not_after in state["certificates"].items()]
     words = "When a certificate of the guard ends, in Unix seconds."
     yield _Family(False, "certificate_expiry_timestamp_seconds", words, ("certificate",), ends)
+    due = [((name,), next_update) for name, next_update in state["lists"].items()]
+    words = "When a revocation list is due for renewal, in Unix seconds; its clients are refused from then on."
+    yield _Family(False, "revocation_list_next_update_timestamp_seconds", words, ("list",), due)
     yield single("snapshot_generation", "Which snapshot is in force; 0: none.", state["generation"])
     if state["generation"]:
         yield single("snapshot_age_seconds", "How long ago it was loaded.", now - state["loaded_at"])

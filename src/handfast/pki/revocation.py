@@ -119,6 +119,14 @@ class CrlSet:
         """Return which list of each issuer is the newest."""
         return {name: max((one.number, one.last_update) for one in lists) for name, lists in self._lists.items()}
 
+    def next_updates(self) -> dict[str, datetime]:
+        """Return until when the lists of each issuer hold, by its name (RFC 4514), where they say so."""
+        ends = [
+            (lists[0].crl.issuer.rfc4514_string()[:200], [one.next_update for one in lists if one.next_update])
+            for lists in self._lists.values()
+        ]
+        return {issuer: max(updates) for issuer, updates in ends if updates}
+
     def rolled_back_from(self, held: Newest) -> Failure | None:
         """Return why these lists must not come after what was `held`: one of the same issuer is older. Raises nothing.
 
