@@ -216,6 +216,9 @@ def test_a_guard_whose_rules_do_not_allow_us(ca: Ca, mode: str, cause: str | Non
         if cause is None:
             assert b"policy.no_rule" in calling.fetch(get())
             assert calling.events.next("connected")
+            event = calling.events.next("turned_away")
+            assert event["cause"] == "policy.no_rule"
+            assert event["remedy"].endswith(guard.events.next("request")["request"])
         else:
             event = refusal(calling)
             assert (event["reason"], event["cause"]) == ("connect.silent", cause)
@@ -232,6 +235,8 @@ def test_a_guard_lets_us_through(ca: Ca) -> None:
     ):
         assert calling.fetch(get()).endswith(b"Hello World\n")
         assert guard.events.next("connection")["peer"] == "spiffe://test/web"
+        calling.events.next("closed")
+        assert "turned_away" not in {event["event"] for event in calling.events.all}
 
 
 def test_a_certificate_that_expires_while_it_is_used_is_logged(ca: Ca, tmp_path: Path) -> None:

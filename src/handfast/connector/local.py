@@ -39,6 +39,11 @@ MAX_HELD = 1 << 16  # bytes taken from a local client before there is a call
 HEARING = 0.5  # seconds that a refused client has for the first bytes by which we see whether it speaks HTTP
 _HTTP = re.compile(rb"[A-Z]{3,20} [!-~]{1,8000} HTTP/1\.[01]\r?\n")
 _MAY_BE_HTTP = re.compile(rb"[A-Z]{0,20}|[A-Z]{3,20} [!-~]{0,8000}( [HTP/1.0\r]{0,9})?")
+# What a guard of ours says over HTTP/1 to whom it does not let in; see guard.events.refusal_body.
+_TURNED_AWAY = re.compile(
+    rb"HTTP/1\.1 (4\d\d) [^\r\n]{0,64}\r\n(?:[^\r\n]{1,256}\r\n){0,16}\r\n"
+    rb'\{"error": "([a-z]{1,20}\.[a-z_]{1,40})", "id": "([0-9a-f-]{1,40})"\}'
+)
 _NEVER = float("inf")
 
 
@@ -288,6 +293,8 @@ class Local(asyncio.Protocol):
         if not self._answered:
             self._answered, self._first = True, b""
             self._taken("the server's first byte")
+            if (refusal := _TURNED_AWAY.match(plain)) is not None:
+                self._turned_away(*(part.decode() for part in refusal.groups()))
         self.transport.write(plain)
 
     def _server_finished(self, call: Call) -> None:
@@ -320,6 +327,12 @@ class Local(asyncio.Protocol):
         if not self._spoken:
             self._spoken = True
             self._event("connected", {"by": by})
+
+    def _turned_away(self, status: str, code: str, request: str) -> None:
+        """A guard let us in as far as TLS goes, and says no over HTTP: the program may not look at why."""
+        detail = f"the guard there answers {status}: {code}"
+        remedy = f"its own log says more, under {request}"
+        self._event("turned_away", {"cause": code, "detail": detail, "remedy": remedy})
 
     def _refused(self, verdict: Verdict) -> None:
         """The server refused after the handshake. With nothing sent, once more: the call may have waited too long."""
