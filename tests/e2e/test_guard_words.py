@@ -73,6 +73,22 @@ def _closed_socket(files: Files) -> str:
     return "to = unix:app.sock"
 
 
+def _two_authorities(files: Files) -> str:
+    other = Ca.root("Other").save(files.folder, "other")
+    with (files.folder / "ca.crt").open("ab") as bundle:
+        bundle.write(other.read_bytes())
+    return 'allow = ["spiffe://test/alice"]'
+
+
+def _parted_authorities(files: Files) -> str:
+    return _two_authorities(files) + '\ntrust_domain = "test"'
+
+
+def _two_without_rules(files: Files) -> str:
+    _two_authorities(files)
+    return ""
+
+
 DOUBTS: dict[Callable[[Files], str], str] = {
     _fresh_list: "",
     _list_of_another: "there is no revocation list of",
@@ -80,6 +96,9 @@ DOUBTS: dict[Callable[[Files], str], str] = {
     _own_name: "",
     _other_name: "is not for elsewhere.example",
     _nearly_over: "put a new one in its place",
+    _two_without_rules: "",
+    _parted_authorities: "",
+    _two_authorities: "each of 2 authorities may vouch",
     _closed_socket: "",
     _open_socket: "can reach unix:",
 }

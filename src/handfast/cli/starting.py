@@ -110,6 +110,12 @@ def _doubts_of(site: Site, now: datetime) -> Iterator[str]:
         failure = terms.crls.failure(anchor, anchor, now) if terms.crls is not None else None
         if failure is not None:
             yield f"{failure.message}: every client of it is refused [{failure.reason.code}]"
+    vouching = {label(anchor) for anchor in terms.bundle.anchors}
+    if len(vouching) > 1 and terms.bundle.trust_domain is None and any(route.policy.named for route in site.routes):
+        yield (
+            f"each of {len(vouching)} authorities may vouch for the names in the rules, which cannot tell them apart"
+            f" ({', '.join(sorted(vouching)[:3])}): give each a site of its own, or set trust_domain"
+        )
     for name in site.names:
         if not name.startswith("*.") and not name_matches(leaf, parse_name(name)):
             yield f"the certificate {label(leaf)} is not for {name}, so clients that ask for it will refuse it"
