@@ -300,6 +300,8 @@ _WHAT = (
     ("any /public/**", "GET", "/public/a/b", True),
     ("any /public/**", "GET", "/public", True),
     ("any /public/**", "GET", "/publication", False),
+    ("any /public/*/**", "GET", "/public/a", True),
+    ("any /public/*/**", "GET", "/public/", False),
     ("any /public/**", "GET", "/Public/a", False),
 )
 

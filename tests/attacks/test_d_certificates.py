@@ -322,6 +322,35 @@ def test_d7_an_intermediate_needs_its_own_list(attacker: Attacker, ca: Ca) -> No
         assert attacker.call(guard, sub.client()).status == 200
 
 
+def test_d7_a_forged_list_is_no_cover_for_an_older_one(attacker: Attacker, ca: Ca, tmp_path: Path) -> None:
+    """D7: beside a newer list that nobody signed an older one that was signed is refused all the same, and who was
+    revoked stays so; nor does the forged one keep the next true one out.
+    """
+    leaf = ca.client()
+    ca.server().save(tmp_path, "server")
+    ca.save(tmp_path, "clients")
+    crl, forger = tmp_path / "clients.crl", Ca.root(_cn(ca))
+    forged = _list(forger, [], 1_000_000).public_bytes(Encoding.PEM)
+    crl.write_bytes(_list(ca, [leaf.certificate.serial_number], 2).public_bytes(Encoding.PEM))
+    with App() as app:
+        config = f'{LISTENER}to = "{app.address}"\ncrl = ["clients.crl"]\n'
+        with command(tmp_path, config) as guard:
+            crl.write_bytes(_list(ca, [], 1).public_bytes(Encoding.PEM) + forged)
+            guard.reload()
+            assert attacker.call(guard.address, leaf).refusal == (403, "verify.revoked")
+            crl.write_bytes(forged)
+            guard.reload()
+            assert attacker.call(guard.address, ca.client()).refusal == (403, "verify.crl_invalid")
+            assert untouched(app)
+            crl.write_bytes(_list(ca, [], 3).public_bytes(Encoding.PEM))
+            guard.reload()
+            assert attacker.call(guard.address, leaf).status == 200
+
+
+def _cn(ca: Ca) -> str:
+    return str(ca.certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)[0].value)
+
+
 @pytest.mark.parametrize("detour", [False, True])
 def test_d7_an_older_list_does_not_take_the_place_of_a_newer(
     attacker: Attacker, ca: Ca, tmp_path: Path, detour: bool

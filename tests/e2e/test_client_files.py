@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import pytest
 
 from handfast.authority import GeneratedPassphrase
 from handfast.cli.clients import client_files
-from handfast.cli.placing import place_pair
-from handfast.cli.renewing import Renewal, alone
+from handfast.cli.placing import alone, place_pair
+from handfast.cli.renewing import Renewal
 from handfast.errors import Exit, HandfastError, InvalidInput, Reason, StoreError
 from handfast.files import generate_key
 from handfast.pki.certificates import parse_certificates
@@ -53,6 +54,30 @@ def test_a_new_certificate_never_stands_beside_the_old_key(
     assert done.returncode == (0 if at == "nowhere" else 9)
     assert ((tmp_path / "web.key").read_bytes(), (tmp_path / "web.crt").read_bytes()) == (key, certificate)
     place_pair(tmp_path / "web.key", b"next", tmp_path / "web.crt", b"next")
+    assert {path.name for path in tmp_path.iterdir()} == {"web.key", "web.crt"}
+
+
+def test_a_certificate_that_cannot_get_its_name_brings_the_old_key_back(tmp_path: Path) -> None:
+    """Where the certificate's place cannot be taken, the key that was there is there still, and nothing else."""
+    (tmp_path / "web.key").write_bytes(b"old")
+    (tmp_path / "web.crt").mkdir()
+    with pytest.raises(StoreError):
+        place_pair(tmp_path / "web.key", b"new", tmp_path / "web.crt", b"new")
+    assert (tmp_path / "web.key").read_bytes() == b"old"
+    assert {path.name for path in tmp_path.iterdir()} == {"web.key", "web.crt"}
+
+
+def test_two_that_write_at_once_do_not_mix_their_pairs(tmp_path: Path) -> None:
+    """Of pairs that two write over and over, the one on the disk is always whole."""
+
+    def write(what: bytes) -> None:
+        for _ in range(100):
+            place_pair(tmp_path / "web.key", what, tmp_path / "web.crt", what)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(write, what) for what in (b"one", b"two")]:
+            done.result()
+    assert (tmp_path / "web.key").read_bytes() == (tmp_path / "web.crt").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"web.key", "web.crt"}
 
 

@@ -48,6 +48,11 @@ def _other_name(_files: Files) -> str:
     return 'names = ["elsewhere.example"]\ndefault = true'
 
 
+def _one_label(files: Files) -> str:
+    files.server("server", "localhost", "app")
+    return 'names = ["app"]\ndefault = true'
+
+
 def _own_name(_files: Files) -> str:
     return 'names = ["localhost"]\ndefault = true'
 
@@ -94,6 +99,7 @@ DOUBTS: dict[Callable[[Files], str], str] = {
     _list_of_another: "there is no revocation list of",
     _stale_list: "was due for renewal",
     _own_name: "",
+    _one_label: "",
     _other_name: "is not for elsewhere.example",
     _nearly_over: "put a new one in its place",
     _two_without_rules: "",

@@ -198,6 +198,26 @@ def test_a_client_that_sends_no_more_is_answered_and_let_go(ca: Ca, tmp_path: Pa
             assert _read(tls, b"World\n")
 
 
+def test_what_was_asked_before_the_end_is_answered(ca: Ca, tmp_path: Path) -> None:
+    """Requests in a row before the client closed its side of TCP are all answered, then the connection ends."""
+    go = threading.Event()
+
+    def answer(connection: socket.socket, _request: bytes) -> None:
+        go.wait(PATIENCE)
+        connection.sendall(HELLO)
+
+    with App(answer) as app, Running(ca, app.address) as guard, _open(guard, ca, tmp_path) as tls:
+        tls.sendall(get("/a", close=False) + get("/b", close=False))
+        until(lambda: b"GET /a" in app.received, "the first request at the app")
+        socket.socket.shutdown(tls, socket.SHUT_WR)
+        go.set()
+        answered = b""
+        while piece := tls.recv(1 << 16):
+            answered += piece
+        assert answered.count(b"HTTP/1.1 200 OK") == 2
+        assert b"GET /b" in app.received
+
+
 def test_a_slow_reader_holds_the_app_back(ca: Ca, tmp_path: Path) -> None:
     """While the client does not read, the guard does not take the whole answer into memory."""
     progress: list[int] = []

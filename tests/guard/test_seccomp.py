@@ -103,6 +103,29 @@ say(fork=attempt(fork), thread=attempt(thread), talk=attempt(talk), memory=attem
     assert child(body) == {"fork": "7", "thread": "[1]", "talk": "1", "memory": "True", "name": "True"}
 
 
+def test_new_namespaces_are_refused_however_asked_for() -> None:
+    """clone(2) makes processes and threads, but no new user namespace; clone3(2), into which no filter can see, is told
+    to be unknown. Without the filter both are the kernel's to answer.
+    """
+    body = """
+CLONE_NEWUSER, SIGCHLD = 0x10000000, 17
+def clone(flags):
+    pid = libc.syscall(ctypes.c_long(machine.clone), ctypes.c_long(flags | SIGCHLD), *[ctypes.c_long(0)] * 4)
+    if pid == 0:
+        os._exit(0)
+    if pid > 0:
+        os.waitpid(pid, 0)
+    return errno.errorcode[ctypes.get_errno()] if pid < 0 else "child"
+before = call(machine.clone3), clone(0)
+refuse_calls(programs=True)
+say(before=before, after=(call(machine.clone3), clone(0), clone(CLONE_NEWUSER)))
+"""
+    said = child(body)
+    assert said["before"][0] != "ENOSYS"
+    assert said["before"][1] == "child"
+    assert said["after"] == ["ENOSYS", "child", "EPERM"]
+
+
 def test_it_adds_up_and_holds_for_children() -> None:
     """A second filter takes more away, never less, and what is forked has both."""
     body = """
@@ -157,7 +180,7 @@ def test_a_kernel_that_takes_no_filter_is_told() -> None:
     body = """
 from handfast.guard.seccomp import Machine
 prctl = {"x86_64": 157, "aarch64": 167}[platform.machine()]
-MACHINES[platform.machine()] = Machine(machine.audit, {}, {"prctl": prctl})
+MACHINES[platform.machine()] = Machine(machine.audit, {}, {"prctl": prctl}, machine.clone, machine.clone3)
 say(first=refuse_calls(programs=False), second=refuse_calls(programs=False))
 """
     second = "no seccomp filter: this kernel takes none (EPERM)"
@@ -168,7 +191,7 @@ say(first=refuse_calls(programs=False), second=refuse_calls(programs=False))
 def test_the_numbers_are_right(name: str) -> None:
     """Each number is what libseccomp has for that call on that architecture."""
     machine, library = MACHINES[name], ctypes.CDLL("libseccomp.so.2")
-    calls = machine.programs | machine.others
+    calls = machine.programs | machine.others | {"clone": machine.clone, "clone3": machine.clone3}
     resolve = library.seccomp_syscall_resolve_name_arch
     found = {call: resolve(ctypes.c_uint32(machine.audit), call.encode()) for call in calls}
     assert found == calls

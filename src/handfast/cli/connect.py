@@ -420,8 +420,9 @@ def _led_elsewhere(words: tuple[str, ...], host: str, port: int) -> tuple[str, i
         if option == "--resolve":
             asked, _, rest = value.removeprefix("+").partition(":")
             asked_port, _, addresses = rest.partition(":")
-            if asked.lower() in (host.lower(), "*") and asked_port == str(port):
-                return addresses.split(",")[0].strip("[]"), port
+            address = addresses.split(",")[0].strip("[]")
+            if asked.lower() in (host.lower(), "*") and asked_port == str(port) and address:
+                return address, port
         if option == "--connect-to":
             found = _CONNECT_TO.fullmatch(value)
             if found and found[1].lower() in ("", host.lower()) and found[2] in ("", str(port)):

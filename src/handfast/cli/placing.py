@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import click
@@ -40,25 +42,35 @@ def check_places(paths: Iterable[Path], *, force: bool) -> None:
             raise StoreError(Reason.STORE_READ_ONLY, path=str(path.parent), detail=detail)
 
 
-def place_pair(key: Path, key_pem: bytes, certificate: Path, pem: bytes) -> None:
+def place_pair(key: Path, key_pem: bytes, certificate: Path, pem: bytes, *, held: bool = False) -> None:
     """Write a private key (0600) and its certificate; neither, on a disk that takes but one. Raises StoreError.
 
     Both are on the disk before either gets its name. The certificate gets it last: whoever is killed in between leaves
-    an old one, or none, and by that a renewal sees that it is due. A new one beside the old key would look done.
+    an old one, or none, and by that a renewal sees that it is due. A new one beside the old key would look done. If the
+    certificate cannot get its name, the key that was there comes back. Two that write at once would mix their pairs, so
+    the key's folder is held meanwhile; `held`: the caller does.
     """
     staged_key, staged = (path.with_name(f".{path.name}.new") for path in (key, certificate))
-    with disk_errors(key):
+    old = key.with_name(f".{key.name}.old")
+    with nullcontext() if held else alone(key.parent, wait=True), disk_errors(key):
         try:
+            old.unlink(missing_ok=True)  # of one that was killed
             write_private(staged_key, key_pem)
             write_public(staged, pem)
+            with suppress(OSError):  # there is none, or the disk has no links
+                old.hardlink_to(key)
             staged_key.replace(key)
             sync_folder(key.parent)  # or a power failure could swap the order
-            staged.replace(certificate)
+            try:
+                staged.replace(certificate)
+            except OSError:
+                with suppress(OSError):
+                    old.replace(key)
+                raise
             sync_folder(certificate.parent)
-        except BaseException:
-            staged_key.unlink(missing_ok=True)
-            staged.unlink(missing_ok=True)
-            raise
+        finally:
+            for left in (staged_key, staged, old):
+                left.unlink(missing_ok=True)
 
 
 def place_bundle(path: Path, bundle: bytes, *, force: bool) -> None:
@@ -75,3 +87,27 @@ def _holds(path: Path, wanted: bytes) -> bool:
         return read_file(path, "trust bundle") == wanted
     except HandfastError:
         return False
+
+
+@contextmanager
+def alone(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a folder of clients for a moment; False if another process holds it. Raises StoreError.
+
+    `wait`: until nobody else does. A process that holds it already would wait for itself.
+    """
+    with disk_errors(folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+    try:
+        with disk_errors(folder):
+            mine = _locked(descriptor, wait)
+        yield mine
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int, wait: bool) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True

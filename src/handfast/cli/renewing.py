@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,10 +12,10 @@ from handfast.authority import Authority, Passphrase, PassphraseFile, open_autho
 from handfast.authority.state import AskedPassphrase, Folder
 from handfast.cli.clients import ClientFiles
 from handfast.cli.output import asked, note
-from handfast.cli.placing import place_pair
+from handfast.cli.placing import alone, place_pair
 from handfast.cli.upkeep import half_life, save_client
 from handfast.errors import HandfastError, InvalidInput, Reason, StoreError
-from handfast.files import disk_errors, generate_key, read_file
+from handfast.files import generate_key, read_file
 from handfast.pki.certificates import certificate_names, fingerprint, parse_certificates, serial_text
 from handfast.pki.issuing import Order
 from handfast.pki.keys import KeyType, encode_private_key
@@ -78,9 +74,9 @@ class Renewal:
         issued = authority.issue(order, authority.authorize(names, order.profile, now=now), now=now)
         files = ClientFiles(names[0], self.cert.with_suffix(""))
         if files.p12.exists():
-            save_client(files, key, (issued.certificate, *issued.chain))
+            save_client(files, key, (issued.certificate, *issued.chain), held=True)
         else:
-            place_pair(self.key, encode_private_key(key), self.cert, issued.pem)
+            place_pair(self.key, encode_private_key(key), self.cert, issued.pem, held=True)
 
     def _leaf(self) -> x509.Certificate:
         return parse_certificates(read_file(self.cert, "certificate file"), str(self.cert))[0]
@@ -97,24 +93,3 @@ def renewal_of(cert: Path, key: Path, folder: Path, passphrase_file: Path | None
     if isinstance(source, AskedPassphrase):
         return None
     return Renewal(folder, source, cert, key)
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[bool]:
-    """Hold a folder of clients for a moment; False if another process holds it. Raises StoreError."""
-    with disk_errors(folder):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
-    try:
-        with disk_errors(folder):
-            mine = _locked(descriptor)
-        yield mine
-    finally:
-        os.close(descriptor)
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

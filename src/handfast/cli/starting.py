@@ -14,13 +14,13 @@ from datetime import datetime
 from pathlib import Path
 from time import monotonic
 
-from handfast.errors import VerificationFailed
+from handfast.errors import HandfastError, VerificationFailed
 from handfast.guard.places import Target, no_way
 from handfast.guard.routes import Site, Snapshot
 from handfast.guard.schema import Config
 from handfast.guard.upstream import Handshake, Upstreams
-from handfast.pki.certificates import label
-from handfast.pki.names import parse_name
+from handfast.pki.certificates import UNREADABLE, label
+from handfast.pki.names import parse_dns
 from handfast.pki.verification import name_matches
 from handfast.tls.channel import TlsBroken
 
@@ -95,7 +95,10 @@ def doubts(snapshot: Snapshot, groups: Iterable[Upstreams], now: datetime) -> li
     """What a guard may serve with, and yet is hardly meant: lists that let nobody in, names that its certificate has
     not, a certificate near its end, an app that others on this machine can reach past it.
     """
-    said = [doubt for sites in snapshot.sites.values() for site in sites.all for doubt in _doubts_of(site, now)]
+    said: list[str] = []
+    for site in (site for sites in snapshot.sites.values() for site in sites.all):
+        with suppress(HandfastError, *UNREADABLE):  # a doubt about a doubt stops nobody
+            said += _doubts_of(site, now)
     for target in (backend.target for group in groups for backend in group.backends):
         with suppress(OSError):  # it is not there yet
             if target.path and stat.S_IMODE(Path(target.path).stat().st_mode) & 0o002:
@@ -117,7 +120,7 @@ def _doubts_of(site: Site, now: datetime) -> Iterator[str]:
             f" ({', '.join(sorted(vouching)[:3])}): give each a site of its own, or set trust_domain"
         )
     for name in site.names:
-        if not name.startswith("*.") and not name_matches(leaf, parse_name(name)):
+        if not name.startswith("*.") and not name_matches(leaf, parse_dns(name)):
             yield f"the certificate {label(leaf)} is not for {name}, so clients that ask for it will refuse it"
     left = leaf.not_valid_after_utc - now
     if left < (leaf.not_valid_after_utc - leaf.not_valid_before_utc) / 10:

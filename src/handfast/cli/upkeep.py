@@ -151,10 +151,13 @@ class Upkeep:
         return self.authority.issue(order, self.authority.authorize(order.names, order.profile, now=now), now=now)
 
 
-def save_client(client: ClientFiles, key: PrivateKey, chain: tuple[x509.Certificate, ...]) -> None:
+def save_client(
+    client: ClientFiles, key: PrivateKey, chain: tuple[x509.Certificate, ...], *, held: bool = False
+) -> None:
     """Write a client's files; the password of its PKCS#12 file is kept if there is one.
 
-    The pair comes last, for by its certificate it is seen whether all was written. Raises StoreError.
+    The pair comes last, for by its certificate it is seen whether all was written. `held`: see `place_pair`. Raises
+    StoreError.
     """
     make_private_folder(client.base.parent)
     if client.p12_password.exists():
@@ -163,7 +166,7 @@ def save_client(client: ClientFiles, key: PrivateKey, chain: tuple[x509.Certific
         password = secrets.token_urlsafe(15).encode()
         write_private(client.p12_password, password + b"\n")
     write_private(client.p12, encode_p12(client.base.name, key, chain, password))
-    place_pair(client.key, encode_private_key(key), client.cert, encode_chain(chain))
+    place_pair(client.key, encode_private_key(key), client.cert, encode_chain(chain), held=held)
 
 
 def _is_in_p12(leaf: x509.Certificate, client: ClientFiles) -> bool:

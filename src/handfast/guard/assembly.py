@@ -59,6 +59,7 @@ _RETRY = timedelta(seconds=30)  # after which a reload that failed is tried agai
 # Backends by what `to` says and the seconds to connect, with the configuration that they were made of.
 _Groups = dict[tuple[str, float], tuple[UpstreamConfig, Upstreams]]
 _Loaded = dict[tuple[object, ...], Any]  # what the files held, by what was read of which
+_Lists = tuple[str, tuple[Path, ...]]  # a listener and the files of its revocation lists
 _T = TypeVar("_T")
 _Asking = tuple[Ocsp, str | None, frozenset[str]]  # how a site asks by OCSP; those that do alike know the same
 
@@ -109,10 +110,12 @@ class Assembly:
     lists: dict[str, datetime] = field(default_factory=dict)  # listener and names, issuer -> when its list is due
     _groups: _Groups = field(default_factory=dict)
     _checkers: dict[_Asking, OcspChecker] = field(default_factory=dict)  # and so what they know outlives a snapshot
-    # By listener and names: the newest list of each issuer that was ever in force, also of one that has none now.
-    _newest: dict[str, dict[bytes, tuple[int, datetime]]] = field(default_factory=dict)
+    # By listener and files: the newest list of each issuer that was ever in force, also of one that has none now.
+    _newest: dict[_Lists, dict[tuple[bytes, bytes], tuple[int, datetime]]] = field(default_factory=dict)
     _loaded: _Loaded = field(default_factory=dict)  # in force
-    _revision: int = -1  # of the feed, when it was last asked
+    _revision: int = -1  # of the feed, in what is in force
+    _unfit: int = -1  # of the feed, which no snapshot could be made of
+    _followed: bool = False  # the feed had the last turn
     _watch: Watch = field(default_factory=lambda: Watch(()))
     _forced: bool = False  # by SIGHUP
     _pending: bool = False  # a change was seen, and not acted on yet
@@ -144,8 +147,12 @@ class Assembly:
             self._pending = True
         elif self._watch.changed() or (self._again is not None and now >= self._again):
             self._pending = True
-        if self.feed is not None and self.feed.revision() != self._revision:
-            return self._follow_feed(now)  # what is pending besides has the next tick
+        if self.feed is not None and not (self._pending and self._followed):  # else files would wait for a busy feed
+            revision = self.feed.revision()
+            if revision not in (self._revision, self._unfit):
+                self._followed = True
+                return self._follow_feed(now, revision)
+        self._followed = False
         if not self._pending:
             return None
         self._pending, self._again = False, now + _RETRY
@@ -153,11 +160,11 @@ class Assembly:
         self._again = None
         return snapshot
 
-    def _follow_feed(self, now: datetime) -> Snapshot:
+    def _follow_feed(self, now: datetime, revision: int) -> Snapshot:
         try:
             snapshot = self._build(self.config, now, self._loaded)
         except HandfastError:
-            self._pending, self._again = False, now + _RETRY
+            self._unfit, self._again = revision, now + _RETRY
             raise
         if self._again is not None:  # what failed before fails still: it is told again
             self._again = now
@@ -228,22 +235,19 @@ class Assembly:
 
     def _build(self, config: Config, now: datetime, loaded: _Loaded | None = None) -> Snapshot:
         """Make a snapshot, of what is `loaded` where that is given, and else of the files as they are now."""
-        making = _Making(config, now, loaded)
+        making, revision = _Making(config, now, loaded), -1
         if self.feed is not None:
             revision = self.feed.revision()  # before the lists: a later change is seen later
             making.bundle, making.revocations = self.feed.bundle(), self.feed.revocations(now)
-            self._revision = revision
         sites = {
             listener.name: Sites([self._site(making, listener, site) for site in listener.all_sites])
             for listener in config.listeners
         }
         self._groups, self.certificates = making.groups, making.certificates
-        self._loaded = making.loaded
-        self.lists = {
-            f"{key}, {issuer}": end for key, crls in making.crls.items() for issuer, end in crls.next_updates().items()
-        }
-        for key, crls in making.crls.items():
-            self._newest.setdefault(key, {}).update(crls.newest())
+        self._loaded, self._revision, self.lists = making.loaded, revision, {}
+        for key, (place, crls) in making.crls.items():
+            self.lists |= {f"{key}, {issuer}": end for issuer, end in crls.next_updates().items()}
+            self._newest.setdefault(place, {}).update(crls.newest())
         for asked, group in making.groups.values():
             if asked.health is None:  # nobody would find out that it is well again
                 for backend in group.backends:
@@ -256,10 +260,11 @@ class Assembly:
         bundle = making.trust(site)
         key, crls = f"{listener.name} {' '.join(site.names)}".strip(), making.crl_set(site.crl, bundle)
         if crls is not None:
-            failure = crls.rolled_back_from(self._newest.get(key, {}))
+            place = listener.name, site.crl
+            failure = crls.rolled_back_from(self._newest.get(place, {}))
             if failure is not None:
                 raise HandfastError(failure.reason, **failure.facts)
-            making.crls[key] = crls
+            making.crls[key] = place, crls
         terms = Terms(
             bundle,
             Purpose.CLIENT,
@@ -418,7 +423,7 @@ class _Making:
     bundle: TrustBundle = field(default_factory=lambda: TrustBundle(()))
     revocations: Revocations = NO_REVOCATIONS
     groups: _Groups = field(default_factory=dict)
-    crls: dict[str, CrlSet] = field(default_factory=dict)
+    crls: dict[str, tuple[_Lists, CrlSet]] = field(default_factory=dict)
     certificates: dict[str, datetime] = field(default_factory=dict)
 
     def load(self, key: tuple[object, ...], read: Callable[[], _T]) -> _T:

@@ -82,6 +82,7 @@ class HttpSession:
             "_exchange",
             "_finishing",
             "_full",
+            "_half",
             "_head_begun",
             "_reading",
             "_refusals",
@@ -105,6 +106,7 @@ class HttpSession:
         self._reading = True
         self._unread = True  # whether the channel may hold plain bytes that were not read yet
         self._finishing = False
+        self._half = False  # the client's side of TCP is closed
         self._blocked = False  # the way to the client is full
         self._closed = False  # all is said
         self._head_begun = False
@@ -522,7 +524,7 @@ class HttpSession:
         connection.send(channel.take())
         connection.log_request(Logged(exchange.number, exchange.admission, response.status, timing))
         self._exchange = None
-        if channel.at_eof:
+        if channel.at_eof or self._over():
             self._close()
             return
         connection.set_deadline(connection.limits.idle)
@@ -537,7 +539,7 @@ class HttpSession:
         self._exchange = None
         if not (reusable and response.keep_alive and exchange.body.done):
             self._drop_upstream()
-        if not exchange.keep or self._channel.at_eof:
+        if not exchange.keep or self._channel.at_eof or self._over():
             self._close()
             return
         self._connection.set_deadline(self._connection.limits.idle)
@@ -606,6 +608,10 @@ class HttpSession:
             self._connection.transport.resume_reading()
         self._connection.linger()
 
+    def _over(self) -> bool:
+        """Whether no other request can come."""
+        return self._half and not self._buffer and not self._unread
+
     def _client_ended(self) -> None:
         exchange = self._exchange
         if exchange is None:
@@ -613,7 +619,9 @@ class HttpSession:
         elif exchange.tunnel or not exchange.body.done:
             self._connection.abort()
         else:
-            self._finishing, exchange.keep = True, False  # no other request can come
+            self._half = True
+            if not self._buffer and not self._unread:  # no other request can come
+                self._finishing, exchange.keep = True, False
 
     def _flush(self) -> None:
         if records := self._channel.take():

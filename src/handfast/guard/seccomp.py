@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from errno import EPERM
+from errno import ENOSYS, EPERM
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +21,17 @@ class Machine:
     audit: int  # AUDIT_ARCH_*, <linux/audit.h>
     programs: dict[str, int]  # calls that start a program
     others: dict[str, int]
+    clone: int
+    clone3: int
     foreign: int | None = None  # the first number that is another architecture's, in the same table
 
 
 # Their numbers on x86_64 (<asm/unistd_64.h>) and on aarch64 (<asm-generic/unistd.h>), which lacks some.
 _PROGRAMS = {"execve": (59, 221), "execveat": (322, 281)}
 _OTHERS: dict[str, tuple[int, int | None]] = {
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
@@ -83,32 +88,40 @@ def _numbers(table: Mapping[str, tuple[int, int | None]], column: int) -> dict[s
 
 
 MACHINES = {  # by uname(2)
-    "x86_64": Machine(0xC000003E, _numbers(_PROGRAMS, 0), _numbers(_OTHERS, 0), foreign=0x40000000),  # x32
-    "aarch64": Machine(0xC00000B7, _numbers(_PROGRAMS, 1), _numbers(_OTHERS, 1)),
+    "x86_64": Machine(0xC000003E, _numbers(_PROGRAMS, 0), _numbers(_OTHERS, 0), 56, 435, foreign=0x40000000),  # x32
+    "aarch64": Machine(0xC00000B7, _numbers(_PROGRAMS, 1), _numbers(_OTHERS, 1), 220, 435),
 }
 
 # <linux/bpf_common.h>, <linux/seccomp.h>; offsets in struct seccomp_data.
-_LOAD, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
-_NUMBER, _ARCHITECTURE = 0, 4
-_ALLOW, _REFUSE = 0x7FFF0000, 0x00050000 | EPERM
+_LOAD, _IF_EQUAL, _IF_AT_LEAST, _IF_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_NUMBER, _ARCHITECTURE, _FLAGS = 0, 4, 16  # the last: the lower half of clone's first argument, on both machines
+_ALLOW, _REFUSE, _UNKNOWN = 0x7FFF0000, 0x00050000 | EPERM, 0x00050000 | ENOSYS
+_NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET: clone(2)
 
 
 def refusing(machine: Machine, *, programs: bool) -> bytes:
     """Make the filter: an array of struct sock_filter. What is refused fails with EPERM.
 
-    `programs`: whether starting a program is refused too. Calls of another architecture than the process's are.
+    `programs`: whether starting a program is refused too. Calls of another architecture than the process's are, and
+    clone(2) into new namespaces. A filter cannot see what clone3(2) is asked for: it is told to be unknown, and C
+    libraries use clone(2) then.
     """
     numbers = [*machine.others.values(), *(machine.programs.values() if programs else ())]
     tests = [(_IF_EQUAL, number) for number in numbers]
     if machine.foreign is not None:
         tests.append((_IF_AT_LEAST, machine.foreign))
-    left = len(tests)  # instructions until ALLOW, behind which REFUSE stands: how far a test has to jump
+    left = len(tests) + 4  # instructions until ALLOW, behind which REFUSE stands: how far a test has to jump
     lines = [
         (_LOAD, 0, 0, _ARCHITECTURE),
         (_IF_EQUAL, 0, left + 2, machine.audit),
         (_LOAD, 0, 0, _NUMBER),
         *((test, left - at, 0, number) for at, (test, number) in enumerate(tests)),
+        (_IF_EQUAL, 5, 0, machine.clone3),
+        (_IF_EQUAL, 0, 2, machine.clone),
+        (_LOAD, 0, 0, _FLAGS),
+        (_IF_ANY_BIT, 1, 0, _NEW_NAMESPACES),
         (_RETURN, 0, 0, _ALLOW),
         (_RETURN, 0, 0, _REFUSE),
+        (_RETURN, 0, 0, _UNKNOWN),
     ]
     return b"".join(struct.pack("=HBBI", *line) for line in lines)

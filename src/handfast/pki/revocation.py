@@ -57,8 +57,8 @@ def parse_crls(data: bytes, what: str) -> tuple[x509.CertificateRevocationList, 
         raise InvalidInput(Reason.INPUT_NOT_CRL, what=what, detail=detail) from None
 
 
-# The number and the date of an issuer's newest list, by the issuer's name in DER.
-Newest = Mapping[bytes, tuple[int, datetime]]
+# The number and the date of an issuer's list, by the issuer's name in DER and its key (b'' where it is not known).
+Newest = Mapping[tuple[bytes, bytes], tuple[int, datetime]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +116,12 @@ class CrlSet:
         return None
 
     def newest(self) -> Newest:
-        """Return which list of each issuer is the newest."""
-        return {name: max((one.number, one.last_update) for one in lists) for name, lists in self._lists.items()}
+        """Return which list of each issuer counts. Lists that nobody is known to have signed say nothing of others."""
+        signed = {key: one for key, one in self._chosen.items() if one is not None and not one.flaw}
+        newest = {key: (one.number, one.last_update) for key, one in signed.items()}
+        for name in self._lists.keys() - {name for name, _ in self._chosen}:
+            newest[name, b""] = min((one.number, one.last_update) for one in self._lists[name])
+        return newest
 
     def next_updates(self) -> dict[str, datetime]:
         """Return until when the lists of each issuer hold, by its name (RFC 4514), where they say so."""
@@ -133,10 +137,10 @@ class CrlSet:
         An old list is still signed and may still be in its time, and would un-revoke what was revoked since. For an
         issuer without a list here there is nothing to say: its certificates are refused (VERIFY_CRL_MISSING).
         """
-        for name, given in self.newest().items():
-            if name in held and given < held[name]:
-                issuer = self._lists[name][0].crl.issuer.rfc4514_string()[:200]
-                then, now = (f"number {number} of {when:%Y-%m-%d %H:%M:%S}" for number, when in (held[name], given))
+        for key, given in self.newest().items():
+            if key in held and given < held[key]:
+                issuer = self._lists[key[0]][0].crl.issuer.rfc4514_string()[:200]
+                then, now = (f"number {number} of {when:%Y-%m-%d %H:%M:%S}" for number, when in (held[key], given))
                 return Failure(Reason.VERIFY_CRL_OLDER, {"issuer": issuer, "held": then, "given": now})
         return None
 

@@ -177,6 +177,8 @@ def parse_path(path: str, text: str = "") -> re.Pattern[bytes]:
         raise _bad_rule(text, "** stands alone, as the last segment, and no segment is empty")
     whole = path.removesuffix("/**")
     body = re.escape(whole.encode()).replace(rb"\*", rb"[^/]*")
+    if whole != path and whole.endswith("/*"):  # or /x/ would belong to /x/*/**
+        body = body.removesuffix(rb"[^/]*") + rb"[^/]+"
     # What stands above all below belongs to them: many an app serves /admin as /admin/.
     below = b"" if whole == path else b"(?:/.*)?" if whole else b"/.*"
     return re.compile(body + below, re.S)
