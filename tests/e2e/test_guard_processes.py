@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -237,6 +237,39 @@ def test_a_hand_over_refuses_nobody(tmp_path: Path, workers: int) -> None:
                     assert len(guard.events("ready")) == 2
                     load.__exit__()
         assert load.failures == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_hand_over_fails_no_request_on_a_kept_connection(tmp_path: Path, workers: int) -> None:
+    """Clients that ask again and again on one connection are told with an answer that it closes, and never by an end in
+    its place; their next connection is the new process's.
+    """
+    files, admin = Files(tmp_path), free_port()
+    alice, kept, told = files.client(), threading.local(), []
+    with App() as app:
+        top = f"workers = {workers}\n"
+        with guarding(tmp_path, config(admin, app.address), top=top) as guard:
+            text = config(admin, app.address).replace('"127.0.0.1:0"', f'"127.0.0.1:{guard.port}"')
+            (tmp_path / "handfast.toml").write_text(f'log = "json"\n{top}{text}')
+
+            def call() -> None:
+                if not hasattr(kept, "stack"):
+                    kept.stack = ExitStack()
+                    kept.line = kept.stack.enter_context(alice.line(guard.port))
+                got = kept.line.ask(method="POST", body=b"once")
+                assert got.status == 200
+                if got.headers["Connection"] == "close":
+                    told.append(got)
+                    kept.stack.close()
+                    del kept.stack
+
+            with Load(call, clients=4) as load:
+                load.goes_on(100)
+                with successor(guard):
+                    load.goes_on(100)
+                    load.__exit__()
+        assert load.failures == []
+        assert len(told) == 4, "each was told once"
 
 
 def test_a_hand_over_that_fails_changes_nothing(tmp_path: Path) -> None:
