@@ -155,3 +155,16 @@ def test_every_verb_says_how_to_come_by_the_files(
     assert command[-1:] == (["--force"] if half else ["state"])
     call.done(*command)
     assert is_pair(clients)
+
+
+def test_after_a_revocation_the_next_command_is_of_the_same_authority(
+    call: Caller, state: Path, tmp_path: Path
+) -> None:
+    """Where the client's files are kept, the command puts new ones in their place, by the authority that was named;
+    elsewhere it replaces nothing.
+    """
+    call.done("issue", "web", "--state", state, "--out", state / "clients")
+    call.done("issue", "other", "--state", state, "--out", tmp_path / "elsewhere")
+    names = {name: call("revoke", name, "--state", state).out.splitlines()[-1] for name in ("web", "other")}
+    assert names["web"].endswith(f"/web --out {state / 'clients'} --state {state} --force")
+    assert names["other"].endswith("/other")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import click
 
 from handfast.authority import Authority, Issued, Record, RevocationReason
+from handfast.cli.clients import ClientFiles
 from handfast.cli.export import P12Options, p12_files, p12_options, p12_password, save_p12
 from handfast.cli.opening import folder_of, opened
 from handfast.cli.output import as_json_option, choice, example, passphrase_option, print_json, state_option
@@ -198,10 +200,10 @@ def revoke_(serial_or_name: str, reason: str, state: Path | None, as_json: bool)
     for one in revoked:
         click.echo(f"revoked {', '.join(one.names) or 'a certificate'} (serial {serial_text(one.serial)})")
     for names in dict.fromkeys(one.names for one in revoked if one.names):
-        command = f"handfast issue {shlex.join(names)}"
+        command, name = f"handfast issue {shlex.join(names)}", parse_name(names[0])
         clients = folder_of(state) / "clients"
-        if (clients / f"{file_base(parse_name(names[0]))}.crt").exists():  # whose next one belongs in its place
-            command += f" --out {shlex.quote(str(clients))} --force"
+        if ClientFiles(name, clients / file_base(name)).cert.exists():  # the next one belongs in its place
+            command = f"{issue_command(names, clients, state)} --force"
         click.echo(f"  next: to give it another one, on purpose: {command}")
 
 
@@ -220,9 +222,9 @@ def file_base(name: Name) -> str:
     return clean.lstrip(".")[:_LONGEST_BASE] or "leaf"
 
 
-def issue_command(name: str, clients: Path, state: Path | None = None) -> str:
+def issue_command(names: Sequence[str], clients: Path, state: Path | None = None) -> str:
     """The command that would put a client's files into the folder where its certificate is looked for."""
-    command = f"handfast issue {shlex.quote(name)} --out {shlex.quote(str(clients))}"
+    command = f"handfast issue {shlex.join(names)} --out {shlex.quote(str(clients))}"
     return command if state is None else f"{command} --state {shlex.quote(str(state))}"
 
 

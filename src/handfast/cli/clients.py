@@ -64,7 +64,7 @@ def client_files(state: Path | None, text: str, *, here: bool = False) -> Found:
     files = ClientFiles(name, folder / "clients" / file_base(name))
     local = ClientFiles(name, Path(file_base(name)))
     places: Sequence[tuple[ClientFiles, Path]] = ((files, folder / "root.crt"), (local, Path("ca.crt")))
-    command = issue_command(text, files.base.parent, state)
+    command = issue_command([text], files.base.parent, state)
     for found, ca in places if here else places[:1]:
         if found.cert.exists() and found.key.exists():
             return Found(found.cert, found.key, ca, f"{command} --force")

@@ -128,7 +128,7 @@ def _withheld(upkeep: Upkeep, state: Path | None) -> list[str]:
     """Which clients get no certificate, for they were revoked, and how to give them one on purpose."""
     return [
         f"{client.name} was revoked on {revoked:%Y-%m-%d %H:%M} UTC, so it gets no new certificate; to give it one: "
-        f"{issue_command(str(client.name), client.base.parent, state)} --force"
+        f"{issue_command([str(client.name)], client.base.parent, state)} --force"
         for client, revoked in upkeep.withheld.items()
     ]
 
@@ -137,7 +137,9 @@ def _silent(upkeep: Upkeep, state: Path | None) -> list[str]:
     """That the app does not answer, or not in TLS that holds, and how it comes by a certificate that does."""
     said, target = silent_apps([upkeep.upstreams]), upkeep.upstreams.target
     if said and target.tls:
-        said.append(f"it has to show a certificate of this authority: {issue_command(target.host, Path('DIR'), state)}")
+        said.append(
+            f"it has to show a certificate of this authority: {issue_command([target.host], Path('DIR'), state)}"
+        )
     return said
 
 
