@@ -122,6 +122,11 @@ class Client:
     cert: Path | None = None
     key: Path | None = None
 
+    @classmethod
+    def of(cls, issued: dict[str, Any]) -> Client:
+        """The one whose files `handfast issue --json` named."""
+        return cls(Path(issued["ca"]), Path(issued["cert"]), Path(issued["key"]))
+
     def context(self, *, newest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
         context = ssl.create_default_context(cafile=str(self.ca))
         context.maximum_version = newest

@@ -106,8 +106,7 @@ def test_the_authority_of_the_user_is_open_to_it(call: Caller, shared: Path, wor
     state = shared / "state"
     call.done("authority", "init", "--state", state)
     server = call.done("issue", "localhost", "127.0.0.1", "--state", state, "--out", shared / "server")
-    client = call.done("issue", "alice", "--state", state, "--out", shared / "alice")
-    alice = Client(Path(client["ca"]), Path(client["cert"]), Path(client["key"]))
+    alice = Client.of(call.done("issue", "alice", "--state", state, "--out", shared / "alice"))
     top = f'user = "nobody"\nworkers = {workers}\nstate = "{state}"\n'
     with App() as app:
         config = f"""

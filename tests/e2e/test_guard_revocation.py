@@ -175,8 +175,7 @@ def test_the_authoritys_word_is_law_within_two_seconds(call: Caller, state: Path
     server = call.done("issue", "localhost", "127.0.0.1", "--state", state)
     clients = {}
     for name in ("bob", "carol", "dave"):
-        issued = call.done("issue", name, "--state", state, "--out", name)
-        clients[name] = Client(Path(issued["ca"]), Path(issued["cert"]), Path(issued["key"]))
+        clients[name] = Client.of(call.done("issue", name, "--state", state, "--out", name))
     with App() as app:
         config = f"""
             [[listener]]
@@ -206,8 +205,7 @@ def test_who_is_revoked_may_not_serve_either(call: Caller, state: Path, tmp_path
     """An app's server certificate that the authority revoked is no longer spoken to."""
     guard_cert = call.done("issue", "localhost", "--state", state, "--out", "guard")
     app_cert = call.done("issue", "localhost", "--state", state, "--out", "app")
-    issued = call.done("issue", "bob", "--state", state, "--out", "bob")
-    bob = Client(Path(issued["ca"]), Path(issued["cert"]), Path(issued["key"]))
+    bob = Client.of(call.done("issue", "bob", "--state", state, "--out", "bob"))
     port, top = free_port(), f'state = "{state}"\n'
     with App() as app:
         inner = f"""
@@ -244,8 +242,7 @@ def test_a_revocation_waits_for_no_file(call: Caller, state: Path, tmp_path: Pat
     server = call.done("issue", "localhost", "127.0.0.1", "--state", state, "--out", "server")
     clients = {}
     for name in ("bob", "carol"):
-        issued = call.done("issue", name, "--state", state, "--out", name)
-        clients[name] = Client(Path(issued["ca"]), Path(issued["cert"]), Path(issued["key"]))
+        clients[name] = Client.of(call.done("issue", name, "--state", state, "--out", name))
     rules = tmp_path / "rules"
     rules.write_text("allow bob\nallow carol\n")
     with App() as app:

@@ -24,6 +24,14 @@ def _enter(guard: Running, ca: Ca, folder: Path) -> ssl.SSLSocket:
     return context.wrap_socket(plain, server_hostname="localhost")
 
 
+def _rest(tls: ssl.SSLSocket) -> bytes:
+    """All that comes until the end."""
+    answer = b""
+    while piece := tls.recv(1 << 16):
+        answer += piece
+    return answer
+
+
 def _drain(guard: Running) -> None:
     for connection in guard.guard.connections:
         connection.drain()
@@ -35,9 +43,7 @@ def test_who_came_in_may_ask_once(ca: Ca, tmp_path: Path) -> None:
         guard.events.next("connection")  # the guard's side of the handshake is done, too
         guard.call(_drain, guard)
         tls.sendall(get(close=False))
-        answer = b""
-        while piece := tls.recv(1 << 16):
-            answer += piece
+        answer = _rest(tls)
         assert answer.startswith(b"HTTP/1.1 200 ")
         assert b"connection: close" in answer.lower()
 
@@ -61,9 +67,7 @@ def test_who_asked_lately_may_ask_once_more(ca: Ca, tmp_path: Path) -> None:
         guard.events.next("request")
         guard.call(_drain, guard)
         tls.sendall(get(close=False))
-        answer = b""
-        while piece := tls.recv(1 << 16):
-            answer += piece
+        answer = _rest(tls)
         assert answer.startswith(b"HTTP/1.1 200 ")
         assert b"connection: close" in answer.lower()
 

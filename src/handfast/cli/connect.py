@@ -64,7 +64,6 @@ _URLS = ("https://", "http://")
 _CURL_TAKES_URLS = frozenset({"-e", "--referer", "-x", "--proxy", "--preproxy", "--doh-url", "-H", "--header", "-d"})
 # With these curl does not go where the URL says, or not with our files; a trial of ours would tell nothing.
 _CURL_ELSEWHERE = ("--proxy", "-x", "--socks", "--preproxy", "--unix-socket", "-E")
-
 _CONNECT_TO = re.compile(r"([^:\[]*|\[[^]]*\]):(\d*):([^:\[]*|\[[^]]*\]):(\d*)")
 
 

@@ -256,7 +256,9 @@ class Assembly:
 
     def _site(self, making: _Making, listener: ListenerConfig, site: SiteConfig) -> Site:
         http = listener.mode is Mode.HTTP
-        credential = making.load(("credential", site.cert, site.key), lambda: self._credential(site, making.now))
+        credential = making.load(
+            ("credential", site.cert, site.key, site.key_passphrase_file), lambda: self._credential(site, making.now)
+        )
         bundle = making.trust(site)
         key, crls = f"{listener.name} {' '.join(site.names)}".strip(), making.crl_set(site.crl, bundle)
         if crls is not None:
@@ -427,9 +429,10 @@ class _Making:
     certificates: dict[str, datetime] = field(default_factory=dict)
 
     def load(self, key: tuple[object, ...], read: Callable[[], _T]) -> _T:
-        """Return what `read` makes of files, which `key` names. Raises HandfastError."""
-        value: _T = read() if self.before is None else self.before[key]
-        self.loaded[key] = value
+        """Return what `read` makes of files, which `key` names; once, however many ask. Raises HandfastError."""
+        if key not in self.loaded:
+            self.loaded[key] = read() if self.before is None else self.before[key]
+        value: _T = self.loaded[key]
         return value
 
     def trust(self, site: SiteConfig) -> TrustBundle:

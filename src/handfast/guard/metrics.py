@@ -18,7 +18,6 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from handfast import __version__
@@ -168,11 +167,11 @@ class Metrics:
         generation: int,
         loaded_at: float,
         certificate_not_after: Mapping[str, float],
-        list_next_update: Mapping[str, float] = MappingProxyType({}),
+        list_next_update: Mapping[str, float] | None = None,
     ) -> None:
         """Say what is in force. Instants are Unix seconds. Upstreams are forgotten, to be said anew."""
         self._generation, self._loaded_at = generation, loaded_at
-        self._certificates, self._lists = _soonest(certificate_not_after), _soonest(list_next_update)
+        self._certificates, self._lists = _soonest(certificate_not_after), _soonest(list_next_update or {})
         self._upstreams.clear()
 
     def upstream(self, name: str, target: str, healthy: bool, connections: int) -> None:
@@ -270,15 +269,9 @@ def merge(states: Iterable[State]) -> State:
     workers: nothing counted, and no snapshot in force.
     """
     every = list(states)
-    certificates: dict[str, float] = {}
-    lists: dict[str, float] = {}
     upstreams: dict[tuple[str, str], tuple[bool, int]] = {}
     connections: dict[str, int] = {}
     for state in every:
-        for name, not_after in state["certificates"].items():
-            certificates[name] = min(not_after, certificates.get(name, not_after))
-        for name, next_update in state["lists"].items():
-            lists[name] = min(next_update, lists.get(name, next_update))
         for name, target, healthy, count in state["upstreams"]:
             all_healthy, sum_ = upstreams.get((name, target), (True, 0))
             upstreams[name, target] = (all_healthy and healthy, sum_ + count)
@@ -291,12 +284,20 @@ def merge(states: Iterable[State]) -> State:
         connections=connections,
         generation=min((state["generation"] for state in every), default=0),
         loaded_at=min((state["loaded_at"] for state in every), default=0.0),
-        certificates=certificates,
-        lists=lists,
+        certificates=_earliest(state["certificates"] for state in every),
+        lists=_earliest(state["lists"] for state in every),
         upstreams=[(*names, *facts) for names, facts in upstreams.items()],
         log_broken=any(state["log_broken"] for state in every),
         kept=next((state["kept"] for state in every if state["kept"]), ""),
     )
+
+
+def _earliest(every: Iterable[dict[str, float]]) -> dict[str, float]:
+    earliest: dict[str, float] = {}
+    for ends in every:
+        for name, end in ends.items():
+            earliest[name] = min(end, earliest.get(name, end))
+    return earliest
 
 
 def is_whole(state: State) -> bool:

@@ -358,11 +358,11 @@ def _diagnose(
 
 
 def _lifetime(certificate: x509.Certificate, now: datetime) -> list[Failure]:
-    facts: dict[str, object] = {"subject": label(certificate)}
-    if now > certificate.not_valid_after_utc:
-        return [Failure(Reason.VERIFY_EXPIRED, facts | {"not_after": certificate.not_valid_after_utc})]
-    if now < certificate.not_valid_before_utc:
-        return [Failure(Reason.VERIFY_NOT_YET_VALID, facts | {"not_before": certificate.not_valid_before_utc})]
+    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if now > end:
+        return [Failure(Reason.VERIFY_EXPIRED, {"subject": label(certificate), "not_after": end})]
+    if now < begin:
+        return [Failure(Reason.VERIFY_NOT_YET_VALID, {"subject": label(certificate), "not_before": begin})]
     return []
 
 
