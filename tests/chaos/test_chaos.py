@@ -50,6 +50,7 @@ KEEPERS, COMERS = ("alice", "bob", "chris", "dora"), ("erin", "frank")
 FICKLE = "grace"  # whose rule comes and goes
 NAMES = (*KEEPERS, *COMERS)
 RETRIES = 3  # of a request whose connection a kill cut; another kill may cut the next
+LAST_LINES = 1.0  # seconds before a kill, of which the log may lack some
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Report:
     rotations: int = 0
     shown: set[bytes] = field(default_factory=set)  # server certificates that clients saw
     fickle: Counter[int] = field(default_factory=Counter)  # statuses of the client whose rule changes
-    ended: int = 0  # connections of that client that ended with its rule
+    ended: int = 0  # connections of that client that ended with its rule, and not in the last moment of a worker
     slowest: float = 0.0  # seconds until a client was connected
     wrong: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
@@ -99,6 +100,8 @@ class Storm:
     apps: Apps
     report: Report = field(default_factory=Report)
     doomed: list[tuple[int, float]] = field(default_factory=list)  # a client's port, and when its worker was stopped
+    killed: list[float] = field(default_factory=list)  # when
+    ends: list[float] = field(default_factory=list)  # when connections ended by a rule
     outages: list[Outage] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -116,6 +119,9 @@ class Storm:
         for thread in threads:
             thread.join(120)
             assert not thread.is_alive()
+        # Held against the log in the end. A worker's last lines, which had still to be written, die with it.
+        logged = [end for end in self.ends if all(abs(killed - end) > LAST_LINES for killed in self.killed)]
+        self.report.ended = len(logged)
         return self.report
 
     def _guarded(self, job: Callable[[], None]) -> None:
@@ -167,6 +173,7 @@ class Storm:
                 now, ports = time.monotonic(), self.guard.clients_of(pid)
                 self.doomed += [(port, now) for port in ports]
                 os.kill(pid, signal.SIGKILL)
+                self.killed.append(now)
                 self.report.kills += 1
 
     # The clients.
@@ -221,7 +228,7 @@ class Storm:
             except (OSError, ssl.SSLError) as error:
                 caller.close()
                 if isinstance(error, ConnectionResetError) and not self._was_doomed(caller):
-                    self.report.ended += 1  # held against the log in the end
+                    self.ends.append(time.monotonic())
                 elif not self._was_doomed(caller):
                     self.report.failed.append(f"{FICKLE}: {error!r} after {time.monotonic() - began:.2f} s")
                 continue
