@@ -223,6 +223,21 @@ def test_d5_two_authorities_of_two_sites_are_two(attacker: Attacker, ca: Ca) -> 
         assert attacker.call(guard, ours, get(host="a.test"), "a.test").status == 200
 
 
+@pytest.mark.parametrize("tcp", [False, True])
+def test_d5_two_authorities_of_one_site_are_two(attacker: Attacker, ca: Ca, tcp: bool) -> None:
+    """D5: on a site that believes both, CN=admin of authority B is not the admin of A, though B bears A's own name."""
+    namesake = Ca.root("Test Root")
+    bundle = TrustBundle((ca.certificate, namesake.certificate), names=("a", "b"))
+    policy = parse_policy(["cn:admin by a"], authorities=bundle.names)
+    with App() as app, Running(ca, f"tcp://{app.address}" if tcp else app.address) as guard:
+        serve_sites(guard, Vhost(app, policy=policy, nameless=True, terms={"bundle": bundle}))
+        assert attacker.call(guard, namesake.client(cn="admin")).status == (0 if tcp else 403)
+        event = guard.events.next("connection" if tcp else "request")
+        assert event["reason"] == "policy.no_rule"
+        assert untouched(app)
+        assert attacker.call(guard, ca.client(cn="admin")).status == 200
+
+
 @pytest.mark.parametrize(
     ("subject", "rule"),
     [

@@ -23,6 +23,7 @@ from handfast.guard.kinds import MAX_PROBLEMS, parse_duration, render_duration
 from handfast.guard.schema import (
     AdminConfig,
     AssertionConfig,
+    AuthorityFile,
     Balance,
     Config,
     HealthConfig,
@@ -54,6 +55,9 @@ UPSTREAM = '[upstream.app]\ntargets = ["127.0.0.1:8000"]\n'
 TLS_UPSTREAM = '[upstream.app]\ntargets = ["https://app.internal:8443"]\n'
 
 
+CA = (AuthorityFile(HERE / "ca.crt"),)
+
+
 def parsed(text: str) -> Config:
     return parse_config(text, "handfast.toml", HERE)
 
@@ -69,7 +73,7 @@ def mistakes(text: str) -> dict[str, str]:
 def test_the_least_that_is_a_configuration() -> None:
     """One listener with a certificate, a client authority and an app is enough; the rest has defaults."""
     config = parsed(LISTENER)
-    site = SiteConfig(cert=HERE / "server.crt", key=HERE / "server.key", client_ca=HERE / "ca.crt", to="127.0.0.1:8000")
+    site = SiteConfig(cert=HERE / "server.crt", key=HERE / "server.key", client_ca=CA, to="127.0.0.1:8000")
     assert config == Config(listeners=(ListenerConfig(name="listener-1", listen="127.0.0.1:8443", site=site),))
     assert site.client_auth is ClientAuth.REQUIRED
     assert site.tls_min is TlsVersion.TLS13
@@ -298,7 +302,17 @@ def test_sites_of_a_listener() -> None:
 
 
 # A text that is wrong, the place of its one mistake, and words of what is said.
+NAMED = LISTENER.replace('"ca.crt"', '{ a = "a.crt", b = "b.crt" }')
 WRONG = [
+    # Authorities and their names.
+    (LISTENER.replace('"ca.crt"', "{}"), "listener[0].client_ca", "it takes the path of a file; or names and paths"),
+    (LISTENER.replace('"ca.crt"', "[]"), "listener[0].client_ca", "it takes the path of a file; or names and paths"),
+    (LISTENER.replace('"ca.crt"', "{ a = 1 }"), "listener[0].client_ca.a", "it takes the path of a file"),
+    (LISTENER.replace('"ca.crt"', '{ "1" = "x" }'), "listener[0].client_ca.1", "a name begins with a letter"),
+    (LISTENER + 'allow = ["any by a"]', "listener[0].allow[0]", "no authority is called a: client_ca = { a = FILE }"),
+    (NAMED + 'allow = ["any by c"]', "listener[0].allow[0]", "the authorities' names are a, b"),
+    (NAMED + 'allow = ["any by"]', "listener[0].allow[0]", "the authorities' names are a, b"),
+    (NAMED + '[[listener.route]]\nallow = ["any by c"]', "listener[0].route[0].allow[0]", "names are a, b"),
     # Unknown keys.
     (LISTENER + 'clientca = "x"', "listener[0].clientca", "no such key in [[listener]]; did you mean client_ca?"),
     (LISTENER + 'client-auth = "off"', "listener[0].client-auth", "did you mean client_auth?"),
@@ -513,6 +527,8 @@ def test_a_mistake_is_told_where_it_stands(text: str, at: str, words: str) -> No
 
 # The twins of what is refused above: the same, made right.
 RIGHT = [
+    NAMED + 'allow = ["any by a GET /x", "deny cn:x by b"]\n[[listener.route]]\nallow = ["any by b"]',
+    TCP.replace('"ca.crt"', '{ a = "a.crt" }') + 'allow = ["any by a"]',
     LISTENER,
     LISTENER + "client_auth = 'optional'\nallow = ['any']\n[[listener.route]]\nclient_auth = 'required'",
     LISTENER + "client_auth = 'optional'\n[[listener.route]]\nclient_auth = 'required'\nallow = ['any']",

@@ -67,7 +67,9 @@ def test_nginx_says_the_same(port: int, subject: str, tmp_path: Path) -> None:
     """Every value agrees with nginx's, for usual subjects and for those that break quoting elsewhere."""
     leaf = client(ISSUER, SUBJECTS[subject], serial=0xABC if subject == "usual" else 0xFEDCBA9876543210)
     cert, key = leaf.save(tmp_path, "client")
-    assert said(port, tmp_path, "--cert", cert, "--key", key) == ours(PeerFacts(leaf.certificate, Name(Kind.CN, "x")))
+    assert said(port, tmp_path, "--cert", cert, "--key", key) == ours(
+        PeerFacts(leaf.certificate, Name(Kind.CN, "x"), "")
+    )
 
 
 def test_nginx_says_the_same_of_nobody(port: int, tmp_path: Path) -> None:

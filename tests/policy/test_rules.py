@@ -18,9 +18,9 @@ from tests.support.certs import Ca
 ROOT = Ca.root()
 
 
-def _peer(*names: str, cn: str | None = None) -> VerifiedPeer:
-    terms = Terms(TrustBundle((ROOT.certificate,)), Purpose.CLIENT)
-    chain, now = ROOT.leaf(*names, cn=cn).presented, datetime.now(UTC)
+def _peer(*names: str, cn: str | None = None, ca: Ca = ROOT, bundle: TrustBundle | None = None) -> VerifiedPeer:
+    terms = Terms(bundle or TrustBundle((ca.certificate,)), Purpose.CLIENT)
+    chain, now = ca.leaf(*names, cn=cn).presented, datetime.now(UTC)
     return verify(chain, terms, now, judge_offline(chain, terms.bundle, now))
 
 
@@ -84,6 +84,63 @@ def test_a_rule_for_one_request_allows_that_one(method: bytes, path: bytes, text
         assert decide(policy, WEB, Request(method, path)).allowed
         for peer, other in ((DEEP, Request(method, path)), (WEB, Request(b"PUT", path)), (WEB, Request(method, b"/y"))):
             assert not decide(policy, peer, other).allowed
+
+
+OTHER = Ca.root()  # of the same name
+BOTH = TrustBundle((ROOT.certificate, OTHER.certificate), names=("ours", "theirs"))
+OURS = _peer("spiffe://td/web", bundle=BOTH)
+THEIRS = _peer("spiffe://td/web", ca=OTHER, bundle=BOTH)
+
+
+@pytest.mark.parametrize(
+    ("rules", "ours", "theirs"),
+    [
+        (["web"], True, True),
+        (["web by ours"], True, False),
+        (["web by theirs"], False, True),
+        (["any by theirs GET /x"], False, True),
+        (["any by theirs /x"], False, True),
+        (["any by theirs POST /x"], False, False),
+        (["any by ours /y", "web by theirs"], False, True),
+        (["deny any by theirs", "any"], True, False),
+        (["deny web by ours", "web"], False, True),
+    ],
+)
+def test_who_vouches(rules: list[str], ours: bool, theirs: bool) -> None:
+    """A rule that names an authority means those whom it vouches for, and not who has the same name from another."""
+    policy, request = parse_policy(rules, "td", BOTH.names), Request(b"GET", b"/x")
+    assert (decide(policy, OURS, request).allowed, decide(policy, THEIRS, request).allowed) == (ours, theirs)
+
+
+def test_a_rule_for_one_request_says_who_vouches() -> None:
+    """Where authorities have names, the rule for a request allows the peer of that one alone."""
+    request = Request(b"GET", b"/x")
+    rule = rule_for(WEB.identity.name, request, "ours")
+    assert rule == "spiffe://td/web by ours GET /x"
+    policy = parse_policy([rule], authorities=BOTH.names)
+    assert decide(policy, OURS, request).allowed
+    assert not decide(policy, THEIRS, request).allowed
+    assert str(policy.rules[0]) == f"allow {rule}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "any by",
+        "any by other",
+        "any by GET",
+        "any by ours by theirs",
+        "by ours",
+        "by by ours",
+        "deny by GET",
+        "any by ours x",
+    ],
+)
+def test_a_rule_by_nobody_is_refused(text: str) -> None:
+    """What stands behind `by` is an authority that has a name, and stands right behind WHO."""
+    with pytest.raises(InvalidInput) as refused:
+        parse_rule(text, "td", BOTH.names)
+    assert refused.value.reason in (Reason.INPUT_RULE, Reason.INPUT_PATTERN)
 
 
 def test_a_certificate_is_meant_by_its_digest() -> None:

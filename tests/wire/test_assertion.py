@@ -69,6 +69,8 @@ def test_what_is_signed_is_read_by_another() -> None:
     }
     assert read(GOOD) == members | {"cnf": {"x5t#S256": b64(CLAIMS.thumbprint).decode()}}
     assert read(sign_assertion(KEY, replace(CLAIMS, thumbprint=b""))) == members
+    told = replace(CLAIMS, thumbprint=b"", authority="partners")
+    assert read(sign_assertion(KEY, told)) == members | {"authority": "partners"}
     assert jwt.get_unverified_header(GOOD) == {"alg": "ES256", "kid": KEY.id, "typ": "JWT"}
     assert sign_assertion(KEY, CLAIMS) == GOOD  # RFC 6979
 

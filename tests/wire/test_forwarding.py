@@ -38,7 +38,8 @@ SPIFFE = x509.UniformResourceIdentifier(WEB)
 
 
 def facts(leaf: Leaf, by: str = "") -> PeerFacts:
-    return PeerFacts(leaf.certificate, Name(Kind.SPIFFE, WEB), certificate_names(leaf.certificate), leaf.chain, by)
+    names = certificate_names(leaf.certificate)
+    return PeerFacts(leaf.certificate, Name(Kind.SPIFFE, WEB), "partners", names, leaf.chain, by)
 
 
 def told(peer: PeerFacts | None, *styles: HeaderStyle) -> dict[str, str]:
@@ -76,6 +77,7 @@ def test_each_style_says_what_it_should() -> None:
     assert headers["Client-Cert"] == f":{base64.b64encode(der).decode()}:"
     assert headers["Client-Cert-Chain"].startswith(f":{base64.b64encode(issuer).decode()}:")
     assert headers["Client-Identity"] == f'"{WEB}"'
+    assert headers["Client-Authority"] == '"partners"'
     xfcc = elements(headers["X-Forwarded-Client-Cert"])
     assert [key for key, _ in xfcc] == ["By", "Hash", "Cert", "Chain", "Subject", "URI", "DNS", "DNS"]
     values = dict(xfcc)
@@ -123,7 +125,7 @@ def test_every_header_of_every_style_is_taken_from_requests() -> None:
         name
         for name, _ in (*identity_headers(list(HeaderStyle), facts(leaf)), *identity_headers(list(HeaderStyle), None))
     ]
-    assert len(set(names)) == 12
+    assert len(set(names)) == 13
     for name in names:
         for spelling in (name, name.lower(), name.upper().replace(b"-", b"_"), name.replace(b"-", b".")):
             assert claims_identity(spelling), spelling

@@ -364,7 +364,7 @@ CHECKS = (
         Severity.HIGH,
         ("RFC 9525 7", "CWE-290"),
         Remedies(
-            handfast="--trust-domain binds an authority to its names; one listener or site for each authority",
+            handfast="name the authorities, client_ca = { a = FILE, b = FILE }, and write `WHO by a` in rules",
             nginx="one server block per authority, or a map on $ssl_client_i_dn and the name together",
             haproxy="match ssl_c_i_dn beside ssl_c_s_dn in every rule",
             envoy="the SPIFFE validator (envoy.tls.cert_validator.spiffe) with one bundle per trust domain",

@@ -21,11 +21,12 @@ from handfast.guard.assembly import Assembly, Feed
 from handfast.guard.assertion import Minter
 from handfast.guard.config import KEYS, check_config, load_config
 from handfast.guard.handover import say_failed
-from handfast.guard.kinds import parse_duration
+from handfast.guard.kinds import is_name, parse_duration
 from handfast.guard.places import parse_place, parse_target
 from handfast.guard.schema import (
     AdminConfig,
     AssertionConfig,
+    AuthorityFile,
     Config,
     ListenerConfig,
     LogStyle,
@@ -85,7 +86,12 @@ _file = click.Path(path_type=Path)
 )
 @click.option("--cert", type=_file, help="The server's certificate and chain.")
 @click.option("--key", type=_file, help="The server's private key.")
-@click.option("--client-ca", type=_file, help="The authorities of the clients.")
+@click.option(
+    "--client-ca",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    help="The authorities of the clients; rules ask for a NAME: WHO by NAME. Repeatable.",
+)
 @allow_option
 @listen_option
 @key_passphrase_option
@@ -96,7 +102,14 @@ _file = click.Path(path_type=Path)
 @click.option("--ocsp", type=choice(Ocsp), default="off", show_default=True, help="Ask the authority's responder.")
 @click.option("--verify-depth", type=click.IntRange(0, 10), help="Authorities between a client and its root, at most.")
 @click.option("--tls-min", type=choice(TlsVersion), default="1.3", show_default=True, help="The oldest TLS taken.")
-@click.option("--header", "headers", multiple=True, type=choice(HeaderStyle), help="How the app is told who called.")
+@click.option(
+    "--header",
+    "headers",
+    multiple=True,
+    type=choice(HeaderStyle),
+    metavar="STYLE",
+    help=f"How the app is told who called: {', '.join(HeaderStyle)}. Repeatable.",
+)
 @click.option("--workers", default="1", metavar="N|auto", help="Processes that share the port.  [default: 1]")
 @click.option("--admin", metavar="HOST:PORT", help="Serve metrics, health and status there, in plain HTTP.")
 @click.option("--drain", default="30s", show_default=True, metavar="TIME", help="For open requests, when it stops.")
@@ -158,7 +171,7 @@ def _feed(config: Config) -> Iterator[Feed | None]:
 
 def _from_flags(flags: dict[str, Any], as_json: bool) -> Config:
     for name in ("to", "cert", "key", "client_ca"):
-        if flags[name] is None and not (name == "client_ca" and flags["client_auth"] == ClientAuth.OFF):
+        if flags[name] in (None, ()) and not (name == "client_ca" and flags["client_auth"] == ClientAuth.OFF):
             raise click.UsageError(f"Missing option '--{name.replace('_', '-')}'.")
     target = parse_target(flags["to"])
     defaults = SiteConfig()
@@ -166,7 +179,7 @@ def _from_flags(flags: dict[str, Any], as_json: bool) -> Config:
         cert=flags["cert"],
         key=flags["key"],
         key_passphrase_file=flags["key_passphrase_file"],
-        client_ca=flags["client_ca"],
+        client_ca=_authorities(flags["client_ca"]),
         client_auth=ClientAuth(flags["client_auth"]),
         crl=flags["crls"],
         ocsp=Ocsp(flags["ocsp"]),
@@ -178,7 +191,8 @@ def _from_flags(flags: dict[str, Any], as_json: bool) -> Config:
         allow=flags["allow"],
         headers=tuple(map(HeaderStyle, flags["headers"])) or defaults.headers,
     )
-    parse_policy(site.allow)  # a rule that is wrong is told as such, and not by its place in a file
+    # A rule that is wrong is told as such, and not by its place in a file.
+    parse_policy(site.allow, authorities=site.authorities)
     listener = ListenerConfig("main", str(parse_place(flags["listen"])), Mode.HTTP if target.http else Mode.TCP, site)
     config = Config(
         workers=_workers(flags["workers"]),
@@ -200,6 +214,18 @@ def _refuse_flags() -> None:
     for parameter in context.command.params:
         if parameter.name in given and parameter.name not in taken:
             raise click.UsageError(f"{parameter.opts[0]} and --config do not go together: write it in the file.")
+
+
+def _authorities(given: Sequence[str]) -> tuple[AuthorityFile, ...]:
+    """The files of --client-ca. What stands before `=` is a name if it may be one; such a file is written ./a=b.crt."""
+    found = []
+    for text in given:
+        name, equals, path = text.partition("=")
+        found.append(AuthorityFile(Path(path), name) if equals and is_name(name) else AuthorityFile(Path(text)))
+    names = [one.name for one in found]
+    if len(found) > 1 and (not all(names) or len(set(names)) < len(names)):
+        raise click.UsageError("Each of several --client-ca needs a name of its own: --client-ca NAME=FILE.")
+    return tuple(found)
 
 
 def _workers(text: str) -> int:
@@ -272,7 +298,12 @@ def _who(config: Config, site: SiteConfig, route: RouteConfig) -> str:
     rules = route.allow if route.allow is not None else site.allow
     if rules or (route.allow is None and site.allow_file is not None):
         return ", ".join(rules) or f"the rules in {site.allow_file}"
-    return f"every client with a certificate of {site.client_ca or config.state}"
+    return f"every client with a certificate of {_vouching(config, site)}"
+
+
+def _vouching(config: Config, site: SiteConfig) -> str:
+    """Whose clients come in."""
+    return " or ".join(map(str, site.client_ca)) or str(config.state)
 
 
 def _has_rules(site: SiteConfig) -> bool:
@@ -281,7 +312,7 @@ def _has_rules(site: SiteConfig) -> bool:
 
 def _everyone(config: Config, site: SiteConfig) -> str:
     """Who comes in where there are no rules."""
-    authority = site.client_ca or config.state
+    authority = _vouching(config, site)
     match site.client_auth:
         case ClientAuth.OFF:
             return "everyone: no certificate is asked for"

@@ -200,6 +200,7 @@ class _Process:
         by_file = serving.assembly is not None and serving.assembly.source is not None
         self._guard = Guard(serving.snapshot, log, serving.drain, self._refresh, metrics, by_file=by_file)
         self._snapshots = 0  # how many were in force
+        self._doubts = set(self._doubtful(serving.snapshot))
         self._stop = asyncio.Event()
         self._connections_at_stop = 0
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them weakly
@@ -264,7 +265,16 @@ class _Process:
         if snapshot is not None:
             self._guard.loaded = time()
             self._note_snapshot()
+            for doubt in self._doubtful(snapshot):
+                if doubt not in self._doubts:
+                    self._doubts.add(doubt)
+                    self._log.emit("note", now, {"detail": doubt})
         return snapshot
+
+    def _doubtful(self, snapshot: Snapshot) -> list[str]:
+        """What is hardly meant; one of several workers tells it."""
+        worker = self._serving.worker
+        return doubts(snapshot, self._groups(), self._guard.now) if worker is None or worker.index == 0 else []
 
     def _reload(self) -> None:
         """SIGHUP: read everything again, now."""

@@ -22,6 +22,7 @@ from handfast.guard.upstream import Handshake, Upstreams
 from handfast.pki.certificates import UNREADABLE, label
 from handfast.pki.names import parse_dns
 from handfast.pki.verification import name_matches
+from handfast.policy import Rule
 from handfast.tls.channel import TlsBroken
 
 _LONGEST = 2.0  # seconds to look at all apps; those that are left then are not looked at
@@ -113,12 +114,16 @@ def _doubts_of(site: Site, now: datetime) -> Iterator[str]:
         failure = terms.crls.failure(anchor, anchor, now) if terms.crls is not None else None
         if failure is not None:
             yield f"{failure.message}: every client of it is refused [{failure.reason.code}]"
-    vouching = {label(anchor) for anchor in terms.bundle.anchors}
-    if len(vouching) > 1 and terms.bundle.trust_domain is None and any(route.policy.named for route in site.routes):
-        yield (
-            f"each of {len(vouching)} authorities may vouch for the names in the rules, which cannot tell them apart"
-            f" ({', '.join(sorted(vouching)[:3])}): give each a site of its own, or set trust_domain"
-        )
+    vouching = set(terms.bundle.names) or {label(anchor) for anchor in terms.bundle.anchors}
+    if len(vouching) > 1 and (terms.bundle.names or terms.bundle.trust_domain is None):
+        loose = next((rule for route in site.routes for rule in route.policy.rules if _names_somebody(rule)), None)
+        if loose is not None:
+            who = ", ".join(sorted(vouching)[:3])
+            ask = "" if terms.bundle.names else "name them, by client_ca = { NAME = FILE }, and "
+            yield (
+                f"each of {len(vouching)} authorities may vouch for whom {str(loose)!r} means ({who}):"
+                f" {ask}write WHO by NAME in rules"
+            )
     for name in site.names:
         if not name.startswith("*.") and not name_matches(leaf, parse_dns(name)):
             yield f"the certificate {label(leaf)} is not for {name}, so clients that ask for it will refuse it"
@@ -126,6 +131,11 @@ def _doubts_of(site: Site, now: datetime) -> Iterator[str]:
     if left < (leaf.not_valid_after_utc - leaf.not_valid_before_utc) / 10:
         end = f"{leaf.not_valid_after_utc:%Y-%m-%d %H:%M:%S}"
         yield f"the certificate {label(leaf)} ends at {end} UTC: put a new one in its place"
+
+
+def _names_somebody(rule: Rule) -> bool:
+    """Whether whoever vouches for a name decides on whom the rule means."""
+    return not rule.by and rule.who.text != "any" and not rule.who.text.startswith("sha256:")
 
 
 def loose_files(config: Config, source: Path | None) -> list[str]:
@@ -139,7 +149,8 @@ def loose_files(config: Config, source: Path | None) -> list[str]:
     secret += [upstream.key for upstream in upstreams]
     secret += [] if config.assertion is None else [config.assertion.key]
     open_to_all = [source]
-    open_to_all += [path for site in sites for path in (site.cert, site.client_ca, site.allow_file, *site.crl)]
+    open_to_all += [path for site in sites for path in (site.cert, site.allow_file, *site.crl)]
+    open_to_all += [one.file for site in sites for one in site.client_ca]
     open_to_all += [path for upstream in upstreams for path in (upstream.ca, upstream.cert)]
     return [*loose_keys(secret), *_changeable(open_to_all)]
 

@@ -9,8 +9,8 @@ configuration of it has not changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from handfast.guard.schema import (
 )
 from handfast.guard.upstream import Backend, Handshake, Upstreams
 from handfast.guard.watch import Watch
-from handfast.pki.certificates import certificate_names
+from handfast.pki.certificates import certificate_names, label, public_key_der
 from handfast.pki.names import Name, parse_name, parse_pattern
 from handfast.pki.revocation import NO_REVOCATIONS, CrlSet, Revocations, check_crls, parse_crls
 from handfast.pki.verification import Purpose, Terms, TrustBundle, VerifiedPeer
@@ -287,10 +287,10 @@ class Assembly:
         )
         context = ServerContext(credential, terms, settings)
         making.certificates[key] = credential.chain[0].not_valid_after_utc
-        policy = _policy(making, site, bundle.trust_domain)
+        policy = _policy(making, site, bundle)
         asked = [*site.routes, RouteConfig()] if site.to is not None else site.routes
-        routes = [self._route(making, (listener, site, route), policy, bundle.trust_domain) for route in asked]
-        identify, renew = self._identify(site, credential.chain[0])
+        routes = [self._route(making, (listener, site, route), policy, bundle) for route in asked]
+        identify, renew = self._identify(site, credential.chain[0], bundle)
         nameless = site.default or not site.names or len(listener.all_sites) == 1
         return Site(context, tuple(routes), site.names, nameless, identify, renew, ocsp=self._ocsp(site))
 
@@ -309,15 +309,17 @@ class Assembly:
         making: _Making,
         where: tuple[ListenerConfig, SiteConfig, RouteConfig],
         policy: Policy,
-        trust_domain: str | None,
+        bundle: TrustBundle,
     ) -> Route:
         listener, site, route = where
         to = route.to or site.to
         assert to is not None
+        if route.allow is not None:
+            policy = parse_policy(route.allow, bundle.trust_domain, site.authorities)
         client_auth = site.client_auth if route.client_auth is None else route.client_auth
         return Route(
             upstreams=self._group(making, listener, to),
-            policy=policy if route.allow is None else parse_policy(route.allow, trust_domain),
+            policy=policy,
             anonymous=client_auth in (ClientAuth.OPTIONAL, ClientAuth.OFF),
             path=None if route.path == "/**" else parse_path(route.path),
             methods=frozenset(method.encode() for method in route.methods),
@@ -344,7 +346,7 @@ class Assembly:
             self._checkers[asking] = OcspChecker(asking[0], url=asking[1], hosts=asking[2])
         return self._checkers[asking]
 
-    def _identify(self, site: SiteConfig, leaf: x509.Certificate) -> tuple[Identify, float]:
+    def _identify(self, site: SiteConfig, leaf: x509.Certificate, bundle: TrustBundle) -> tuple[Identify, float]:
         minter = None
         if HeaderStyle.ASSERTION in site.headers:
             minter = self.minter
@@ -355,8 +357,9 @@ class Assembly:
         def identify(peer: VerifiedPeer | None, now: datetime) -> tuple[Header, ...]:
             if peer is None:
                 return identity_headers(site.headers, None)
-            headers = identity_headers(site.headers, facts_of(peer, by))
-            return headers if minter is None else (*headers, minter.header(peer, now))
+            authority = bundle.authority_of(peer.path)
+            headers = identity_headers(site.headers, facts_of(peer, by, authority))
+            return headers if minter is None else (*headers, minter.header(peer, authority, now))
 
         return identify, 0.0 if minter is None else minter.renew_after
 
@@ -364,7 +367,8 @@ class Assembly:
         files: list[Path | None] = [self.source]
         for listener in config.listeners:
             for site in listener.all_sites:
-                files += [site.cert, site.key, site.client_ca, site.allow_file, site.key_passphrase_file, *site.crl]
+                files += [site.cert, site.key, site.allow_file, site.key_passphrase_file, *site.crl]
+                files += [one.file for one in site.client_ca]
         for upstream in config.upstreams.values():
             files += [upstream.ca, upstream.cert, upstream.key]
         if config.assertion is not None:
@@ -402,13 +406,13 @@ def _rates(limits: LimitsConfig) -> Rates:
     )
 
 
-def _policy(making: _Making, site: SiteConfig, trust_domain: str | None) -> Policy:
+def _policy(making: _Making, site: SiteConfig, bundle: TrustBundle) -> Policy:
+    policy = parse_policy(site.allow, bundle.trust_domain, site.authorities)
     if (file := site.allow_file) is not None:
         data = making.load(("policy", file), lambda: read_file(file, "policy", MAX_POLICY))
         text = data.decode("utf-8", "replace")
-        lines = (*parse_policy(site.allow, trust_domain).rules, *parse_rules(text, str(file), trust_domain))
-        return Policy(lines)
-    return parse_policy(site.allow, trust_domain) if site.allow else ALLOW_ANY
+        return Policy((*policy.rules, *parse_rules(text, str(file), bundle.trust_domain, site.authorities)))
+    return policy if site.allow else ALLOW_ANY
 
 
 @dataclass(slots=True)
@@ -437,10 +441,17 @@ class _Making:
 
     def trust(self, site: SiteConfig) -> TrustBundle:
         """Whom the site believes. What the authority revoked is revoked under `client_ca` too: it may be its own."""
-        if (file := site.client_ca) is None:
+        if not site.client_ca:
             bundle = TrustBundle(()) if site.client_auth is ClientAuth.OFF else self.bundle
         else:
-            bundle = replace(self.load(("bundle", file), lambda: load_bundle(file)), trust_domain=site.trust_domain)
+            found = [
+                (one.name, anchor)
+                for one in site.client_ca
+                for anchor in self.load(("bundle", one.file), partial(load_bundle, one.file)).anchors
+            ]
+            _refuse_two_names(found)
+            names = tuple(name for name, _ in found) if site.authorities else ()
+            bundle = TrustBundle(tuple(anchor for _, anchor in found), site.trust_domain, names)
         if bundle.anchors and self.before is None:
             check_time(bundle.anchors, self.now)
         return bundle
@@ -482,6 +493,14 @@ class _Making:
         if cert is not None and key is not None:
             credential = self.load(("own", cert, key), lambda: load_credential(cert, key))
         return caller_of(asked, bundle, self.revocations, credential)
+
+
+def _refuse_two_names(found: Iterable[tuple[str, x509.Certificate]]) -> None:
+    """Raises InvalidInput for an authority under two names, whichever of its certificates: which one would vouch?"""
+    names: dict[bytes, str] = {}
+    for name, anchor in found:
+        if (first := names.setdefault(public_key_der(anchor), name)) != name:
+            raise InvalidInput(Reason.GUARD_SITES, detail=f"{label(anchor)} is both {first} and {name} in client_ca")
 
 
 def caller_of(

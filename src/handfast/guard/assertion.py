@@ -30,8 +30,8 @@ class Minter:
         self._lifetime = config.lifetime
         self.renew_after = config.lifetime.total_seconds() / 2
 
-    def header(self, peer: VerifiedPeer, now: datetime) -> Header:
-        """Return the header that says, signed, that `peer` called through this guard."""
+    def header(self, peer: VerifiedPeer, authority: str, now: datetime) -> Header:
+        """Return the header that says, signed, that `peer`, for whom `authority` vouches, called through this guard."""
         claims = Assertion(
             issuer=self._config.issuer,
             audience=self._config.audience or self._config.issuer,
@@ -40,6 +40,7 @@ class Minter:
             issued=now,
             expires=now + self._lifetime,
             thumbprint=peer.leaf.fingerprint(hashes.SHA256()),
+            authority=authority,
         )
         return ASSERTION_HEADER, sign_assertion(self._key, claims)
 

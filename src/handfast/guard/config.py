@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from enum import StrEnum
@@ -93,7 +93,9 @@ def check_config(config: Config, where: str) -> None:
         raise _refusal(where, problems)
 
 
-def parse_rules(text: str, where: str, trust_domain: str | None = None) -> tuple[Rule, ...]:
+def parse_rules(
+    text: str, where: str, trust_domain: str | None = None, authorities: Collection[str] = ()
+) -> tuple[Rule, ...]:
     """Parse the text of an `allow_file`: one rule a line; `#` begins a comment, at the start or after a space.
 
     Raises InvalidInput: INPUT_CONFIG with the lines that are wrong; INPUT_EMPTY if there is no rule, which must
@@ -105,7 +107,7 @@ def parse_rules(text: str, where: str, trust_domain: str | None = None) -> tuple
         rule = _COMMENT.sub("", line).strip()
         if rule and len(problems) <= MAX_PROBLEMS:
             try:
-                rules.append(parse_rule(rule, trust_domain))
+                rules.append(parse_rule(rule, trust_domain, authorities))
             except InvalidInput as error:
                 problems.append(Problem(f"line {number}", str(error)))
     if problems:
@@ -229,7 +231,9 @@ def _site_keys(route: Table) -> dict[str, Key]:
         "key": Key(kinds.PATH, "Its private key.", default="required"),
         "key_passphrase_file": Key(kinds.PATH, "What opens the private key, if it is encrypted: the first line."),
         "client_ca": Key(
-            kinds.PATH, "The authorities of the clients, in PEM; without it, those of state. Never the system's."
+            kinds.AUTHORITIES,
+            "The authorities of the clients, in PEM; without it, those of state. Never the system's. Rules may ask"
+            " for one by its name.",
         ),
         "client_auth": Key(
             kinds.choice(ClientAuth), "Whether clients must have a certificate, may have one, or are not asked."

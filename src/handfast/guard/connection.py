@@ -34,7 +34,7 @@ from handfast.guard.limits import Gate
 from handfast.guard.places import join_address
 from handfast.guard.routes import Site
 from handfast.guard.upstream import Upstreams
-from handfast.pki.certificates import common_names
+from handfast.pki.certificates import common_names, fingerprint
 from handfast.pki.verification import VerifiedPeer
 from handfast.tls.channel import Channel, TlsBroken
 from handfast.tls.server import Facts
@@ -394,7 +394,8 @@ class Connection(asyncio.Protocol):
         """Have the gate count the peer, once it is known."""
         if self.gate is None or self.peer is None:
             return None
-        key = f"{self.peer.identity.authority} {self.who}"  # the same name of two authorities is two identities
+        # The same name of two authorities is two identities, and so are two authorities that two sites call alike.
+        key = f"{self.peer.identity.authority} {fingerprint(self.peer.path[-1])} {self.who}"
         failure = self.gate.admit_identity(key, monotonic())
         if failure is None:
             self._entered.append(key)

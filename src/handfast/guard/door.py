@@ -183,21 +183,23 @@ class Door:
             return route, decision
         if decision.rule is not None:
             return Failure(decision.reason, {"who": str(self.peer.identity), "rule": str(decision.rule)})
-        return no_rule(self.peer, request if about else None, by_file=self._connection.guard.by_file)
+        by_file = self._connection.guard.by_file
+        return no_rule(self.peer, request if about else None, site.asked_for(self.peer), by_file=by_file)
 
 
-def no_rule(peer: VerifiedPeer, request: Request | None, *, by_file: bool) -> Failure:
+def no_rule(peer: VerifiedPeer, request: Request | None, by: str, *, by_file: bool) -> Failure:
     """The failure of a peer that no rule allows this request, or, with None, anything; and how to allow just that.
 
-    `by_file`: whether rules stand in a file and not in flags.
+    `by`: as `Site.asked_for`. `by_file`: whether rules stand in a file and not in flags.
     """
-    who = str(peer.identity)
-    if request is None:
-        return Failure(Reason.POLICY_NO_RULE, {"who": who, "rule": None, "remedy": _allowing(who, by_file)})
-    shown = request_facts(request.method[:32], b"", request.path[:_LONGEST_SHOWN])
-    facts = {"who": f"{who} to {shown['method']} {shown['path']}", "rule": None}
-    rule = rule_for(peer.identity.name, request) if len(request.path) <= _LONGEST_SHOWN else None
-    if rule is None:  # a rule holds no such path or method, or it would take more with it
+    facts: dict[str, object] = {"who": str(peer.identity), "rule": None}
+    rule = None
+    if request is None or len(request.path) <= _LONGEST_SHOWN:
+        rule = rule_for(peer.identity.name, request, by)
+    if request is not None:
+        shown = request_facts(request.method[:32], b"", request.path[:_LONGEST_SHOWN])
+        facts["who"] = f"{peer.identity} to {shown['method']} {shown['path']}"
+    if rule is None:  # a rule holds no such name, path or method, or it would take more with it
         return Failure(Reason.POLICY_NO_RULE, facts | {"remedy": "allow it by a rule WHO METHODS PATH that covers it"})
     return Failure(Reason.POLICY_NO_RULE, facts | {"remedy": _allowing(rule, by_file)})
 

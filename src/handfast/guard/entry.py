@@ -368,7 +368,7 @@ def _open_tunnel(connection: Connection, accepted: Accepted, shown: dict[str, An
     if not decision.allowed:
         failure = Failure(decision.reason, {"who": connection.who, "rule": rule})
         if decision.reason is Reason.POLICY_NO_RULE and accepted.peer is not None:
-            failure = no_rule(accepted.peer, None, by_file=guard.by_file)
+            failure = no_rule(accepted.peer, None, connection.site.asked_for(accepted.peer), by_file=guard.by_file)
         connection.denied(failure, {"rule": rule} | shown)
         connection.linger(accepted.channel)
         return

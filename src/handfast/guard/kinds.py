@@ -22,7 +22,7 @@ from typing import Any
 
 from handfast.errors import InvalidInput
 from handfast.guard.places import parse_place
-from handfast.guard.schema import Problem
+from handfast.guard.schema import AuthorityFile, Problem
 from handfast.pki.names import parse_trust_domain
 from handfast.pki.profiles import parse_lifetime
 from handfast.policy import parse_rule
@@ -35,6 +35,7 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 _MILLISECONDS = re.compile(r"([1-9][0-9]{0,8})ms")
 _RELATIVE_SOCKET = re.compile(r"((?:[a-z0-9]+(?:\+|://))?unix:)([^/].*)", re.S)
+_NAMES = "a name begins with a letter; letters, digits, - and _ may follow, 63 in all"
 _LONGEST = 60  # characters of a wrong value that are shown
 _UNITS = (("d", timedelta(days=1)), ("h", timedelta(hours=1)), ("m", timedelta(minutes=1)), ("s", timedelta(seconds=1)))
 
@@ -306,11 +307,16 @@ def named_tables(table: Table) -> Kind:
         if not isinstance(value, dict):
             raise Unfit
         for name in value:
-            if not _NAME.fullmatch(name):
-                spot.below(name).wrong("a name begins with a letter; letters, digits, - and _ may follow, 63 in all")
+            if not is_name(name):
+                spot.below(name).wrong(_NAMES)
         return {name: read_table(table, item, spot.below(name)) for name, item in value.items()}
 
     return Kind(f"tables, each {table.header}", read)
+
+
+def is_name(text: str) -> bool:
+    """Whether it may be a name of the user's."""
+    return _NAME.fullmatch(text) is not None
 
 
 def _text(value: object) -> str:
@@ -341,6 +347,21 @@ def _read_place(value: object, spot: Spot) -> str:
     text = _with_folder(_text(value), spot.folder)
     parse_place(text)
     return text
+
+
+def _read_authorities(value: object, spot: Spot) -> tuple[AuthorityFile, ...]:
+    if not isinstance(value, dict):
+        return (AuthorityFile(PATH.read(value, spot)),)
+    if not value:
+        raise Unfit
+    before = len(spot.notes.problems)
+    for name in value:
+        if not is_name(name):
+            spot.below(name).wrong(_NAMES)
+    found = {name: PATH.take(path, spot.below(name), None) for name, path in value.items()}
+    if spot.notes.full or spot.notes.problems[before:]:
+        spot.notes.wrong.add(spot.at)
+    return tuple(AuthorityFile(path, name) for name, path in found.items() if path is not None)
 
 
 def _read_network(value: object, spot: Spot) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
@@ -379,6 +400,9 @@ def _read_route_path(value: object, spot: Spot) -> str:
 FLAG = Kind("true or false", _read_flag)
 RATE = Kind("a number more than 0", _read_rate)
 PATH = Kind("the path of a file", lambda value, spot: spot.folder / _text(value))
+AUTHORITIES = Kind(
+    'the path of a file; or names and paths, as { staff = "staff.crt", partners = "partners.crt" }', _read_authorities
+)
 FOLDER = Kind("the path of a folder", PATH.read)
 TARGET = Kind(
     'a target, as "127.0.0.1:8000", "https://HOST:PORT" or "unix:PATH"',

@@ -106,12 +106,17 @@ class Site:
         if known is None:
             if len(self._about) >= MAX_KNOWN:
                 self._about.clear()
-            known = self._about[id(policy), id(peer)] = policy, peer, rules_about(policy, peer)
+            known = self._about[id(policy), id(peer)] = policy, peer, rules_about(policy, peer, self.asked_for(peer))
         return known[2]
 
     def admits(self, policy: Policy, peer: VerifiedPeer) -> bool:
         """Whether any rule could allow the peer anything."""
         return any(rule.effect is Effect.ALLOW for rule in self.rules_about(policy, peer))
+
+    def asked_for(self, peer: VerifiedPeer) -> str:
+        """The name by which rules ask for a peer's authority; '' where authorities have none."""
+        bundle = self.context.terms.bundle
+        return bundle.authority_of(peer.path) if bundle.names else ""
 
     def answers(self, host: bytes) -> bool:
         """Whether requests for this host are for this site, where the client sent no server name or this one."""

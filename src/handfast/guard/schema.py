@@ -106,6 +106,17 @@ class RouteConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AuthorityFile:
+    """A file with the certificates of authorities, and what they are called in rules; '' for nothing."""
+
+    file: Path
+    name: str = ""
+
+    def __str__(self) -> str:
+        return self.name or str(self.file)
+
+
+@dataclass(frozen=True, slots=True)
 class SiteConfig:
     """A server certificate, whom it stands for, who may come in by it, and where they get to."""
 
@@ -114,7 +125,7 @@ class SiteConfig:
     cert: Path | None = None
     key: Path | None = None
     key_passphrase_file: Path | None = None
-    client_ca: Path | None = None
+    client_ca: tuple[AuthorityFile, ...] = ()  # of several, each has a name; empty: those of state
     client_auth: ClientAuth = ClientAuth.REQUIRED
     crl: tuple[Path, ...] = ()
     ocsp: Ocsp = Ocsp.OFF
@@ -130,6 +141,11 @@ class SiteConfig:
     allow_file: Path | None = None
     headers: tuple[HeaderStyle, ...] = DEFAULT_STYLES
     routes: tuple[RouteConfig, ...] = ()
+
+    @property
+    def authorities(self) -> tuple[str, ...]:
+        """The names of authorities that its rules may ask for."""
+        return tuple(one.name for one in self.client_ca if one.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +335,7 @@ def _in_site(config: Config, site: SiteConfig, table: str) -> Iterator[Problem]:
         yield Problem(f"{table}.key", "is missing: the private key of cert")
     if site.client_auth is ClientAuth.OFF:
         yield from _rules_about_nobody(site, table)
-    elif site.client_ca is None and config.state is None:
+    elif not site.client_ca and config.state is None:
         detail = (
             f'is missing: client_auth = "{site.client_auth}" needs the clients\' authority; or give state at the top'
         )
@@ -332,10 +348,10 @@ def _in_site(config: Config, site: SiteConfig, table: str) -> Iterator[Problem]:
     if HeaderStyle.ASSERTION in site.headers and config.assertion is None:
         yield Problem(f"{table}.headers", '"assertion" needs the table [assertion]', ("assertion",))
     domain = site.trust_domain or (_STAND_IN if config.state else None)
-    yield from _bad_rules(site.allow, f"{table}.allow", domain, f"{table}.trust_domain")
+    yield from _bad_rules(site, site.allow, f"{table}.allow", (domain, table))
     for at, route in enumerate(site.routes):
         spot = f"{table}.route[{at}]"
-        yield from _bad_rules(route.allow or (), f"{spot}.allow", domain, f"{table}.trust_domain")
+        yield from _bad_rules(site, route.allow or (), f"{spot}.allow", (domain, table))
         if route.client_auth is ClientAuth.OPTIONAL and site.client_auth is ClientAuth.REQUIRED:
             detail = (
                 "the site requires a certificate at the handshake, before the path is known; write "
@@ -383,12 +399,14 @@ def _rules_about_nobody(site: SiteConfig, table: str) -> Iterator[Problem]:
             yield Problem(f"{table}.route[{at}].client_auth", detail, reads)
 
 
-def _bad_rules(rules: tuple[str, ...], at: str, domain: str | None, read: str) -> Iterator[Problem]:
+def _bad_rules(site: SiteConfig, rules: tuple[str, ...], at: str, of: tuple[str | None, str]) -> Iterator[Problem]:
+    """Rules that do not parse, of a site that is `of` a trust domain and stands in a table."""
+    domain, table = of
     for number, rule in enumerate(rules):
         try:
-            parse_rule(rule, domain)
+            parse_rule(rule, domain, site.authorities)
         except InvalidInput as error:
-            yield Problem(f"{at}[{number}]", str(error), (at, read, "state"))
+            yield Problem(f"{at}[{number}]", str(error), (at, f"{table}.trust_domain", f"{table}.client_ca", "state"))
 
 
 def _bytes_only(site: SiteConfig, table: str, mode: str) -> Iterator[Problem]:
@@ -398,7 +416,7 @@ def _bytes_only(site: SiteConfig, table: str, mode: str) -> Iterator[Problem]:
         yield Problem(f"{table}.headers", 'belongs to mode = "http"; nothing is added to bytes', (mode,))
     for number, text in enumerate(site.allow):
         try:
-            rule = parse_rule(text, _STAND_IN)
+            rule = parse_rule(text, _STAND_IN, site.authorities)
         except InvalidInput:  # told of with its reason by another check
             continue
         if rule.methods or rule.path:

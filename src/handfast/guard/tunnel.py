@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from handfast.errors import Failure, Reason
 from handfast.guard.events import told
 from handfast.guard.upstream import SecureUpstream, Upstream
-from handfast.policy import Decision, Effect, decide
+from handfast.policy import Decision, Effect, decide_by
 from handfast.tls.channel import Channel
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Tunnel:
             return Decision(Effect.ALLOW, None, Reason.POLICY_OPEN_ROUTE)
         if connection.peer is None:
             return Decision(Effect.DENY, None, Reason.VERIFY_NO_CERTIFICATE)
-        return decide(route.policy, connection.peer, None)
+        return decide_by(connection.site.rules_about(route.policy, connection.peer), None)
 
     def start(self) -> None:
         """Dial the app: the decision is made."""

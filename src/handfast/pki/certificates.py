@@ -13,7 +13,7 @@ from functools import lru_cache
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 
 from handfast.errors import InvalidInput, Reason
@@ -110,6 +110,15 @@ def serial_text(serial: int) -> str:
 def fingerprint(certificate: x509.Certificate) -> str:
     """The SHA-256 of the DER, in hex."""
     return certificate.fingerprint(hashes.SHA256()).hex()
+
+
+@lru_cache(512)
+def public_key_der(certificate: x509.Certificate) -> bytes:
+    """Its key (SubjectPublicKeyInfo), alike however it is encoded there; b"" where it cannot be read."""
+    try:
+        return certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    except UNREADABLE:
+        return b""
 
 
 @lru_cache(512)

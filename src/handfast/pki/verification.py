@@ -28,6 +28,7 @@ from handfast.pki.certificates import (
     forbidden_names,
     is_authority,
     label,
+    public_key_der,
     serial_text,
     usage_text,
 )
@@ -56,11 +57,27 @@ class TrustBundle:
     """The issuers a side accepts.
 
     `trust_domain`: the only SPIFFE trust domain that they may vouch for; None leaves it open, which fits
-    an authority that is not ours.
+    an authority that is not ours. `names`: what the authority of each anchor is called, in their order; several
+    anchors may be of one authority. () where nobody named them.
     """
 
     anchors: tuple[x509.Certificate, ...]
     trust_domain: str | None = None
+    names: tuple[str, ...] = ()
+
+    def authority_of(self, path: Sequence[x509.Certificate]) -> str:
+        """The authority in the identity that a path, leaf to anchor, proves: where they have names, the nearest one.
+
+        Nearest by key, and not the path's anchor: an authority that another one certified could else pass for that
+        one, since a client has a say in which path is found. ValueError if no authority on the path has a name.
+        """
+        if not self.names:
+            return self.trust_domain or f"sha256:{fingerprint(path[-1])}"
+        named = dict(zip(map(public_key_der, self.anchors), self.names, strict=True))
+        for authority in path[1:]:
+            if (key := public_key_der(authority)) and key in named:
+                return named[key]
+        raise ValueError("no authority on the path has a name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +110,8 @@ class Judgement:
 class Identity:
     """What a peer is once verified: who vouches for it, and its one typed name.
 
-    `authority` is the bundle's trust domain, or `sha256:` and the anchor's fingerprint: two authorities that
-    use the same name do not make the same identity.
+    `authority` is what the bundle called it then, or the bundle's trust domain, or `sha256:` and the anchor's
+    fingerprint: two authorities that use the same name do not make the same identity.
     """
 
     authority: str
@@ -199,12 +216,11 @@ def name_matches(certificate: x509.Certificate, name: Name) -> bool:
 
 
 def _accept(path: tuple[x509.Certificate, ...], terms: Terms) -> VerifiedPeer:
-    leaf, anchor = path[0], path[-1]
+    leaf = path[0]
     names = certificate_names(leaf)
     cns = common_names(leaf)
-    authority = terms.bundle.trust_domain or f"sha256:{fingerprint(anchor)}"
     return VerifiedPeer(
-        identity=Identity(authority, _principal(names, cns)),
+        identity=Identity(terms.bundle.authority_of(path), _principal(names, cns)),
         names=(*names, *cns, Name(Kind.SHA256, fingerprint(leaf))),
         path=path,
         not_after=min(certificate.not_valid_after_utc for certificate in path),

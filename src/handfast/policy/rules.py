@@ -1,8 +1,9 @@
 """The policy language and the decision.
 
     policy  = rule*                          the first rule that matches decides; none: denied
-    rule    = [allow|deny] WHO [METHODS] [PATH]
+    rule    = [allow|deny] WHO [by AUTHORITY] [METHODS] [PATH]
     WHO     = a name pattern: web, spiffe://domain/web/*, dns:*.internal, email:a@b.c, cn:NAME, sha256:HEX, any
+    by      = who must have vouched for it, where authorities are named; left out: any of them
     METHODS = GET,HEAD,POST,...              left out: every method; GET does not cover HEAD
     PATH    = /public, /public/*, /public/** `*` never crosses a slash; `/public/**` takes /public and all below
 
@@ -14,7 +15,7 @@ hash, so a hundred thousand of them cost what ten do.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -50,6 +51,7 @@ class Rule:
     methods: frozenset[bytes] = frozenset()  # empty: every method
     path: re.Pattern[bytes] | None = None
     text: str = ""
+    by: str = ""  # the authority that must vouch for the peer; '' leaves it to any
 
     def __str__(self) -> str:
         return self.text
@@ -109,7 +111,7 @@ def decide(policy: Policy, peer: VerifiedPeer, request: Request | None) -> Decis
 
     `request` None asks for a whole connection (TCP). An empty policy denies everyone. Raises nothing.
     """
-    return decide_by(rules_about(policy, peer), request)
+    return decide_by(rules_about(policy, peer, peer.identity.authority), request)
 
 
 def decide_by(rules: Iterable[Rule], request: Request | None) -> Decision:
@@ -121,33 +123,51 @@ def decide_by(rules: Iterable[Rule], request: Request | None) -> Decision:
     return Decision(Effect.DENY, None, Reason.POLICY_NO_RULE)
 
 
-def rules_about(policy: Policy, peer: VerifiedPeer) -> list[Rule]:
-    """Return the rules whose WHO means the peer, in their order."""
+def rules_about(policy: Policy, peer: VerifiedPeer, authority: str) -> list[Rule]:
+    """Return the rules that mean the peer, in their order. `authority`: who vouches for it, as rules call them now."""
     places = [at for name in peer.names for at in policy.named.get(name, ())]
     places += [at for at in policy.others if any(policy.rules[at].who.matches(name) for name in peer.names)]
-    return [policy.rules[at] for at in sorted(places)]
+    about = [policy.rules[at] for at in sorted(places)]
+    return [rule for rule in about if rule.by in ("", authority)]
 
 
-def rule_for(who: Name, request: Request) -> str | None:
-    """The text of the rule that allows this request and no other; None where no rule says just that."""
+def rule_for(who: Name, request: Request | None, by: str = "") -> str | None:
+    """The text of the rule that allows this request (None: all) and no other; None where no rule says just that.
+
+    `by`: the authority that vouches for `who`, where authorities are named.
+    """
+    words = [str(who), *(("by", by) if by else ())]
     try:
-        text = f"{who} {request.method.decode('ascii')} {request.path.decode('ascii')}"
-        rule = parse_rule(text)
+        words += [] if request is None else [request.method.decode("ascii"), request.path.decode("ascii")]
+        text = " ".join(words)
+        rule = parse_rule(text, authorities=(by,) if by else ())
     except (UnicodeDecodeError, InvalidInput):
         return None
-    exact = "*" not in text and rule.who.exact == who and rule.covers(request)
-    return text if exact and rule.methods == {request.method} else None
+    exact = "*" not in text and rule.who.exact == who and rule.by == by and rule.covers(request)
+    return text if exact and rule.methods == (set() if request is None else {request.method}) else None
 
 
-def parse_rule(text: str, trust_domain: str | None = None) -> Rule:
-    """Parse one rule. Raises InvalidInput (INPUT_RULE or INPUT_PATTERN)."""
+def parse_rule(text: str, trust_domain: str | None = None, authorities: Collection[str] = ()) -> Rule:
+    """Parse one rule. `authorities`: the names that may stand behind `by`.
+
+    Raises InvalidInput (INPUT_RULE or INPUT_PATTERN).
+    """
     words = text.split()
     effect = Effect.ALLOW
     if words and words[0] in (Effect.ALLOW, Effect.DENY):
         effect = Effect(words.pop(0))
-    if not words or len(words) > 3:
-        raise _bad_rule(text, "it is [allow|deny] WHO [METHODS] [PATH]")
-    who = parse_pattern(words.pop(0), trust_domain)
+    if not words or len(words) > (5 if "by" in words[1:] else 3):
+        raise _bad_rule(text, "it is [allow|deny] WHO [by AUTHORITY] [METHODS] [PATH]")
+    if words[0] == "by":  # someone's name, or a WHO that was forgotten
+        raise _bad_rule(
+            text, "WHO stands before by; a peer of that name is written with its kind, as spiffe://DOMAIN/by"
+        )
+    who, by = parse_pattern(words.pop(0), trust_domain), ""
+    if words and words[0] == "by":
+        by = " ".join(words[1:2])
+        if by not in authorities:
+            raise _bad_rule(text, _no_authority(by, authorities))
+        del words[:2]
     methods: frozenset[bytes] = frozenset()
     if words and not words[0].startswith("/"):
         if not _METHODS.fullmatch(words[0]):
@@ -157,12 +177,12 @@ def parse_rule(text: str, trust_domain: str | None = None) -> Rule:
     if words:
         raise _bad_rule(text, "nothing may stand behind the path")
     shown = " ".join([effect, str(who), *text.split()[1 + (text.split()[0] in (Effect.ALLOW, Effect.DENY)) :]])
-    return Rule(effect, who, methods, path, shown)
+    return Rule(effect, who, methods, path, shown, by)
 
 
-def parse_policy(lines: Iterable[str], trust_domain: str | None = None) -> Policy:
-    """Parse rules, one a line. Raises InvalidInput (INPUT_RULE or INPUT_PATTERN)."""
-    return Policy(tuple(parse_rule(line, trust_domain) for line in lines))
+def parse_policy(lines: Iterable[str], trust_domain: str | None = None, authorities: Collection[str] = ()) -> Policy:
+    """Parse rules, one a line, each as `parse_rule` does. Raises InvalidInput (INPUT_RULE or INPUT_PATTERN)."""
+    return Policy(tuple(parse_rule(line, trust_domain, authorities) for line in lines))
 
 
 def parse_path(path: str, text: str = "") -> re.Pattern[bytes]:
@@ -182,6 +202,15 @@ def parse_path(path: str, text: str = "") -> re.Pattern[bytes]:
     # What stands above all below belongs to them: many an app serves /admin as /admin/.
     below = b"" if whole == path else b"(?:/.*)?" if whole else b"/.*"
     return re.compile(body + below, re.S)
+
+
+def _no_authority(name: str, authorities: Collection[str]) -> str:
+    if authorities:
+        return f"the authorities' names are {', '.join(authorities)}"
+    name = name or "NAME"
+    return (
+        f"no authority is called {name}: client_ca = {{ {name} = FILE }} or --client-ca {name}=FILE gives it that name"
+    )
 
 
 def _bad_rule(text: str, detail: str) -> InvalidInput:

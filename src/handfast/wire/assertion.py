@@ -31,7 +31,8 @@ _SIZE = 32  # bytes of a coordinate, and of each half of a signature
 class Assertion:
     """What is said. Times are whole seconds; `expires` is at most an hour after `issued`.
 
-    `subject` is the peer's identity as text, `spiffe://…` or `dns:…`. `thumbprint` is the SHA-256 of its leaf's DER
+    `subject` is the peer's name as text, `spiffe://…` or `dns:…`, and `authority` who vouches for it, "" where that is
+    not told: the same name of two authorities is two identities. `thumbprint` is the SHA-256 of its leaf's DER
     (RFC 8705 3.1), b"" where it is not told.
     """
 
@@ -42,6 +43,7 @@ class Assertion:
     issued: datetime
     expires: datetime
     thumbprint: bytes = b""
+    authority: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,8 @@ def sign_assertion(key: AssertionKey, claims: Assertion) -> bytes:
         raise ValueError("a thumbprint that is no SHA-256")
     members: dict[str, Any] = {"iss": claims.issuer, "aud": claims.audience, "sub": claims.subject, "jti": claims.id}
     members |= {"iat": issued, "exp": expires}
+    if claims.authority:
+        members["authority"] = claims.authority
     if claims.thumbprint:
         members["cnf"] = {"x5t#S256": _base64url(claims.thumbprint).decode("ascii")}
     signed = key.header + b"." + _json_part(members)

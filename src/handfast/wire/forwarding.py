@@ -25,7 +25,7 @@ from handfast.pki.names import Kind, Name
 from handfast.pki.verification import VerifiedPeer
 from handfast.wire.distinguished import Spelling, render_rdns
 from handfast.wire.http1 import Header
-from handfast.wire.identity import client_cert, client_cert_chain, client_identity
+from handfast.wire.identity import client_authority, client_cert, client_cert_chain, client_identity
 
 
 class HeaderStyle(StrEnum):
@@ -34,6 +34,7 @@ class HeaderStyle(StrEnum):
     CLIENT_CERT = "client-cert"  # Client-Cert: RFC 9440 2.2
     CLIENT_CERT_CHAIN = "client-cert-chain"  # Client-Cert-Chain: RFC 9440 2.3
     CLIENT_IDENTITY = "client-identity"  # Client-Identity: the one name that the peer goes by
+    CLIENT_AUTHORITY = "client-authority"  # Client-Authority: who vouches for it
     XFCC = "xfcc"  # X-Forwarded-Client-Cert of By, Hash, Subject, URI, DNS
     XFCC_CERT = "xfcc-cert"  # the same, with Cert and Chain
     X_SSL_CLIENT = "x-ssl-client"  # X-SSL-Client-Verify and more, with the values of nginx's $ssl_client_*
@@ -48,19 +49,26 @@ class PeerFacts:
     """What the headers say of a verified peer.
 
     `chain` holds the issuers' certificates, nearest first, without the leaf and without the trust anchor. `names`
-    are the leaf's alternative names. `by` is the URI of the guard's own certificate, "" where it has none.
+    are the leaf's alternative names. `by` is the URI of the guard's own certificate, "" where it has none. `authority`
+    is who vouches for the identity, as in handfast.pki.verification.Identity.
     """
 
     leaf: x509.Certificate
     identity: Name
+    authority: str
     names: tuple[Name, ...] = ()
     chain: tuple[x509.Certificate, ...] = ()
     by: str = ""
 
 
-def facts_of(peer: VerifiedPeer, by: str = "") -> PeerFacts:
-    """Return the facts of a verified peer. `by` is the URI of the guard's own certificate, if it has one."""
-    return PeerFacts(peer.leaf, peer.identity.name, peer.names, peer.path[1:-1], by)
+def facts_of(peer: VerifiedPeer, by: str = "", authority: str = "") -> PeerFacts:
+    """Return the facts of a verified peer. `by` is the URI of the guard's own certificate, if it has one.
+
+    `authority`: what its authority is called by now, where that may not be what it was when the peer was verified.
+    """
+    return PeerFacts(
+        peer.leaf, peer.identity.name, authority or peer.identity.authority, peer.names, peer.path[1:-1], by
+    )
 
 
 def identity_headers(styles: Collection[HeaderStyle], peer: PeerFacts | None) -> tuple[Header, ...]:
@@ -81,6 +89,8 @@ def identity_headers(styles: Collection[HeaderStyle], peer: PeerFacts | None) ->
         headers.append((b"Client-Cert-Chain", chain))
     if HeaderStyle.CLIENT_IDENTITY in styles:
         headers.append((b"Client-Identity", client_identity(peer.identity)))
+    if HeaderStyle.CLIENT_AUTHORITY in styles:
+        headers.append((b"Client-Authority", client_authority(peer.authority)))
     if HeaderStyle.XFCC in styles or HeaderStyle.XFCC_CERT in styles:
         value = forwarded_client_cert(peer, certificates=HeaderStyle.XFCC_CERT in styles)
         headers.append((b"X-Forwarded-Client-Cert", value))

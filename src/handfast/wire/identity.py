@@ -18,6 +18,7 @@ IDENTITY_HEADERS = frozenset(
         b"clientcert",  # Client-Cert and Client-Cert-Chain: RFC 9440 2.2, 2.3
         b"clientcertchain",
         b"clientidentity",  # ours
+        b"clientauthority",
         b"l5dclientid",  # Linkerd
         b"xarrclientcert",  # Azure App Service
         b"certchain",  # Keycloak's default for HAProxy and Apache: CERT_CHAIN
@@ -157,5 +158,14 @@ def client_identity(name: Name) -> bytes:
     `"` and `\` are escaped with `\`. What is not printable ASCII is percent-encoded as UTF-8, and so is
     `%`, always. To read it back: parse the string, then percent-decode it. Two names never look alike.
     """
-    text = quote(str(name), safe=_LITERAL, errors="surrogatepass")
+    return _string(str(name))
+
+
+def client_authority(authority: str) -> bytes:
+    """Return the value of Client-Authority, who vouches for the client: a string, as `client_identity` makes it."""
+    return _string(authority)
+
+
+def _string(value: str) -> bytes:
+    text = quote(value, safe=_LITERAL, errors="surrogatepass")
     return b'"' + text.replace("\\", "\\\\").replace('"', '\\"').encode("ascii") + b'"'
