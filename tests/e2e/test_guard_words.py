@@ -226,3 +226,20 @@ def test_a_list_shows_when_it_is_due(tmp_path: Path) -> None:
         assert metric(admin, f'{name}{{list="public, CN=Test Root"}}') > time.time()
     with guarding(tmp_path, config):
         assert metric(admin, name) == 0
+
+
+def test_what_time_makes_doubtful_is_noted(tmp_path: Path) -> None:
+    """When a certificate comes near its end, and when a revocation list falls due, the log says so, once."""
+    files, now = Files(tmp_path), datetime.now(UTC)
+    life = timedelta(seconds=104)  # of which the last tenth begins in some 4 s
+    files.ca.server(
+        "localhost", not_before=now - timedelta(seconds=90), not_after=now - timedelta(seconds=90) + life
+    ).save(tmp_path, "server")
+    crl(tmp_path / "list.crl", files.ca, until=timedelta(seconds=3))
+    config = LISTENER.format(to="127.0.0.1:9") + 'crl = ["list.crl"]'
+    with guarding(tmp_path, config) as guard:
+        told = [line for line in guard.ready["warnings"] if "nothing answers" not in line]  # none, unless it is slow
+        while len(told) < 2:
+            told.append(guard.next("note")["detail"])
+    assert "was due for renewal" in told[0]
+    assert "put a new one in its place" in told[1]

@@ -24,7 +24,7 @@ from typing import Any
 import click
 
 from handfast.cli.output import print_json
-from handfast.cli.starting import doubts, silent_apps
+from handfast.cli.starting import doubts, next_doubt, silent_apps
 from handfast.errors import Failure, HandfastError, Reason, Unreachable
 from handfast.guard import handover, systemd
 from handfast.guard.admin import Admin, AdminFacts, Drain, Reports, send_state, status_of, unready_for
@@ -200,7 +200,9 @@ class _Process:
         by_file = serving.assembly is not None and serving.assembly.source is not None
         self._guard = Guard(serving.snapshot, log, serving.drain, self._refresh, metrics, by_file=by_file)
         self._snapshots = 0  # how many were in force
-        self._doubts = set(self._doubtful(serving.snapshot))
+        self._doubts: list[str] = []
+        self._doubt_again: datetime | None = None  # when time alone may make something doubtful
+        self._doubt(serving.snapshot, self._guard.now)
         self._stop = asyncio.Event()
         self._connections_at_stop = 0
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them weakly
@@ -265,16 +267,19 @@ class _Process:
         if snapshot is not None:
             self._guard.loaded = time()
             self._note_snapshot()
-            for doubt in self._doubtful(snapshot):
-                if doubt not in self._doubts:
-                    self._doubts.add(doubt)
+        if snapshot is not None or (self._doubt_again is not None and now >= self._doubt_again):
+            before = self._doubts
+            self._doubt(snapshot or self._guard.snapshot, now)
+            for doubt in self._doubts:
+                if doubt not in before:
                     self._log.emit("note", now, {"detail": doubt})
         return snapshot
 
-    def _doubtful(self, snapshot: Snapshot) -> list[str]:
-        """What is hardly meant; one of several workers tells it."""
-        worker = self._serving.worker
-        return doubts(snapshot, self._groups(), self._guard.now) if worker is None or worker.index == 0 else []
+    def _doubt(self, snapshot: Snapshot, now: datetime) -> None:
+        """See what is hardly meant; one of several workers does."""
+        if self._serving.worker is None or self._serving.worker.index == 0:
+            self._doubts = doubts(snapshot, self._groups(), now)
+            self._doubt_again = next_doubt(snapshot, now)
 
     def _reload(self) -> None:
         """SIGHUP: read everything again, now."""

@@ -14,6 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from time import monotonic
 
+from cryptography import x509
+
 from handfast.errors import HandfastError, VerificationFailed
 from handfast.guard.places import Target, no_way
 from handfast.guard.routes import Site, Snapshot
@@ -108,6 +110,20 @@ def doubts(snapshot: Snapshot, groups: Iterable[Upstreams], now: datetime) -> li
     return list(dict.fromkeys(said))
 
 
+def next_doubt(snapshot: Snapshot, now: datetime) -> datetime | None:
+    """When time alone makes something doubtful next: a certificate comes near its end, a revocation list falls due."""
+    sites = [site for sites in snapshot.sites.values() for site in sites.all]
+    moments = [_near_end(site.context.credential.chain[0]) for site in sites]
+    for site in sites:
+        moments += [] if site.context.terms.crls is None else site.context.terms.crls.next_updates().values()
+    return min((moment for moment in moments if moment > now), default=None)
+
+
+def _near_end(leaf: x509.Certificate) -> datetime:
+    """When the last tenth of a certificate's life begins."""
+    return leaf.not_valid_after_utc - (leaf.not_valid_after_utc - leaf.not_valid_before_utc) / 10
+
+
 def _doubts_of(site: Site, now: datetime) -> Iterator[str]:
     terms, leaf = site.context.terms, site.context.credential.chain[0]
     for anchor in terms.bundle.anchors if terms.crls is not None else ():
@@ -127,8 +143,7 @@ def _doubts_of(site: Site, now: datetime) -> Iterator[str]:
     for name in site.names:
         if not name.startswith("*.") and not name_matches(leaf, parse_dns(name)):
             yield f"the certificate {label(leaf)} is not for {name}, so clients that ask for it will refuse it"
-    left = leaf.not_valid_after_utc - now
-    if left < (leaf.not_valid_after_utc - leaf.not_valid_before_utc) / 10:
+    if now >= _near_end(leaf):
         end = f"{leaf.not_valid_after_utc:%Y-%m-%d %H:%M:%S}"
         yield f"the certificate {label(leaf)} ends at {end} UTC: put a new one in its place"
 
