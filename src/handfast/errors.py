@@ -384,7 +384,7 @@ class Reason(Enum):
     )
     UPSTREAM_BAD_RESPONSE = Row(
         "upstream.bad_response",
-        "the app at {target} answered what is not HTTP/1.1 ({detail})",
+        "the app at {target} gave no good answer ({detail})",
         "",
         Exit.UNREACHABLE,
         502,

@@ -340,10 +340,14 @@ def test_f3_a_denied_method_does_not_pass_in_another_case(attacker: Attacker, ca
     ],
 )
 def test_f3_no_other_protocol_is_changed_to(attacker: Attacker, ca: Ca, headers: tuple[str, ...]) -> None:
-    """F3: a change to h2c, or to anything but a websocket, does not reach the app."""
-    with App() as app, Running(ca, app.address) as guard:
-        assert attacker.call(guard, ca.client(), get("/", "localhost", *headers, close=False)).status in (400, 405)
-        assert untouched(app)
+    """F3: a change to h2c, or to anything but a websocket, does not reach the app: the request does, without a word of
+    it (RFC 9110 7.8), and what comes after it is a request that is judged.
+    """
+    with App() as app, Running(ca, app.address, parse_policy(["any /"])) as guard:
+        sent = get("/", "localhost", *headers, close=False) + get("/admin")
+        assert attacker.call(guard, ca.client(), sent).statuses == [200, 403]
+        assert app.received.count(b"GET ") == 1
+        assert not re.search(rb"(?i)upgrade|http2-settings", app.received)
 
 
 def test_f3_a_websocket_that_was_declined_is_no_tunnel(attacker: Attacker, ca: Ca) -> None:

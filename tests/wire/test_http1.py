@@ -144,7 +144,6 @@ REFUSED: list[tuple[bytes, Reason]] = [
     (get(b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n"), R.HTTP_FRAMING),
     (get(b"Transfer-Encoding: chunked\r\n", b"POST / HTTP/1.0"), R.HTTP_FRAMING),
     (get(b"Connection: upgrade\r\nUpgrade: websocket\r\nContent-Length: 1\r\n"), R.HTTP_FRAMING),
-    (get(b"Connection: upgrade\r\nUpgrade: h2c\r\nTransfer-Encoding: chunked\r\n"), R.HTTP_FRAMING),
     # Names and lines that some servers repair.
     (get(b"Transfer-Encoding : chunked\r\n"), R.HTTP_HEADER),
     (get(b"Transfer-Encoding\t: chunked\r\n"), R.HTTP_HEADER),

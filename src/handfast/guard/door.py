@@ -36,7 +36,7 @@ _LONGEST_SHOWN = 200  # bytes of a path in a sentence
 _FORWARDED = frozenset(
     {
         *(b"xforwardedfor", b"xforwardedproto", b"forwarded", b"xrealip", b"xforwardedhost", b"xforwardedport"),
-        *(b"xforwardedserver", b"xforwardedscheme", b"xforwardedssl", b"xoriginalhost"),
+        *(b"xforwardedserver", b"xforwardedprotocol", b"xforwardedscheme", b"xforwardedssl", b"xoriginalhost"),
         *(b"trueclientip", b"clientip", b"xclientip", b"xclusterclientip", b"cfconnectingip"),
         b"proxy",  # CGI makes it HTTP_PROXY, by which the app's own calls would go (httpoxy, CVE-2016-5385)
         *(b"scriptname", b"pathinfo"),  # gunicorn takes these from 127.0.0.1 for its own, and moves the path

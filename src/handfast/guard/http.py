@@ -21,7 +21,15 @@ from handfast.errors import Failure, Reason, RemoteProtocolError
 from handfast.guard.door import Admission, Door
 from handfast.guard.events import Logged, Timing
 from handfast.guard.places import Speech
-from handfast.guard.upstream import CUT_SHORT, SecureUpstream, Upstream, Upstreams, bad_answer, unanswered
+from handfast.guard.upstream import (
+    FRESH,
+    SecureUpstream,
+    Upstream,
+    Upstreams,
+    bad_answer,
+    cut_short,
+    unanswered,
+)
 from handfast.tls.channel import Channel
 from handfast.wire.bodies import Body, BodyKind, body_reader
 from handfast.wire.http1 import (
@@ -90,7 +98,7 @@ class HttpSession:
             "_unread",
             "_upstream",
         ),
-        "_upstreams",
+        *("_done_at", "_upstreams"),
     )
 
     def __init__(self, connection: Connection, door: Door, channel: Channel) -> None:
@@ -113,6 +121,7 @@ class HttpSession:
         self._rested = False
         self._refusals = 0
         self._count = 0
+        self._done_at = 0.0  # when the last exchange was over
 
     def start(self) -> None:
         """Read what came along with the last of the handshake."""
@@ -264,8 +273,8 @@ class HttpSession:
         return len(self._buffer) < MAX_HEAD
 
     def _throttle(self) -> None:
-        hungry = self._hungry()
-        if hungry != self._reading and not self._connection.transport.is_closing():
+        hungry = self._hungry()  # once closed, it is read on, until its FIN
+        if hungry != self._reading and not self._closed and not self._connection.transport.is_closing():
             self._reading = hungry
             if hungry:
                 self._connection.transport.resume_reading()
@@ -305,9 +314,6 @@ class HttpSession:
         self._buffer = self._buffer[end:]
         self._head_begun = False
         self._count += 1
-        if head.upgrade is not None and not head.websocket:
-            self._refuse(Failure(Reason.HTTP_METHOD, {"method": f"Upgrade: {head.upgrade.decode('latin-1')[:32]}"}))
-            return False
         judged = self._door.judge(head.method, head.path, head.host)
         if isinstance(judged, Failure):
             return self._deny(head, judged)
@@ -356,7 +362,8 @@ class HttpSession:
         upstreams = exchange.admission.route.upstreams
         self._exchange, self._rested, self._refusals = exchange, False, 0
         self._connection.set_deadline(upstreams.response or self._connection.limits.response)
-        if self._upstream is not None and self._upstream.usable and upstreams is self._upstreams:
+        fresh = exchange.again is not None or monotonic() - self._done_at < FRESH
+        if fresh and self._upstream is not None and self._upstream.usable and upstreams is self._upstreams:
             self._upstream.write(sent)
         else:
             exchange.waiting.append(sent)
@@ -379,7 +386,8 @@ class HttpSession:
         if limit is not None and exchange.timing.bytes_in > limit:  # it did not say beforehand (chunked)
             self._fail(Failure(Reason.HTTP_BODY_TOO_LARGE, {"limit": limit}))
             return False
-        self._connection.set_deadline(self._connection.limits.response)
+        upstreams = exchange.admission.route.upstreams
+        self._connection.set_deadline(upstreams.response or self._connection.limits.response)
         if out:
             self._to_app(out)
         return True
@@ -523,7 +531,7 @@ class HttpSession:
         channel.write(sent)
         connection.send(channel.take())
         connection.log_request(Logged(exchange.number, exchange.admission, response.status, timing))
-        self._exchange = None
+        self._exchange, self._done_at = None, timing.first_byte
         if channel.at_eof or self._over():
             self._close()
             return
@@ -536,7 +544,7 @@ class HttpSession:
         response = exchange.response
         assert response is not None
         self._log(exchange)
-        self._exchange = None
+        self._exchange, self._done_at = None, monotonic()
         if not (reusable and response.keep_alive and exchange.body.done):
             self._drop_upstream()
         if not exchange.keep or self._channel.at_eof or self._over():
@@ -564,7 +572,7 @@ class HttpSession:
             exchange.keep = False
             self._done(exchange, reusable=False)
         else:  # cut short: the client must see that it is
-            self._fail(CUT_SHORT)
+            self._fail(cut_short(exchange.admission.route.upstreams))
 
     # Ends.
 

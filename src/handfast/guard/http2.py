@@ -394,6 +394,12 @@ class Http2Session:
         if self.sendable(identifier):
             self.machine.reset_stream(identifier, code)
 
+    def need_no_more(self, identifier: int) -> None:
+        """Tell the client, whose request was answered before it was whole, to send no more of it."""
+        if not self._closed and not self.connection.transport.is_closing():
+            self.reset(identifier, ErrorCodes.NO_ERROR)
+            self.flush()
+
     def forget(self, stream: Stream) -> None:
         """A stream is over."""
         self.hungry.pop(stream.id, None)

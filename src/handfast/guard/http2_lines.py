@@ -8,11 +8,20 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from handfast.errors import Failure, Reason, RemoteProtocolError
 from handfast.guard.http2_streams import answer_head
-from handfast.guard.upstream import CUT_SHORT, SecureUpstream, Upstream, Upstreams, bad_answer, unanswered
+from handfast.guard.upstream import (
+    FRESH,
+    SecureUpstream,
+    Upstream,
+    Upstreams,
+    bad_answer,
+    cut_short,
+    unanswered,
+)
 from handfast.wire.bodies import Body, BodyKind, body_reader
 from handfast.wire.http1 import SAFE_METHODS, Header, ResponseHead, find_head, parse_response_head
 from handfast.wire.http2 import answer_fields
@@ -29,8 +38,22 @@ class Line:
     """One connection to an HTTP/1.1 app: it carries one request after another, of one client alone."""
 
     __slots__ = (
-        *("_again", "_answer", "_asked", "_body", "_chunked", "_dialling", "_full", "_held", "_key", "_last", "_out"),
-        *("_owed", "_paused", "_session", "_stream", "_tries", "_tunnel", "_until_close", "_upstream", "upstreams"),
+        *(
+            "_again",
+            "_answer",
+            "_asked",
+            "_body",
+            "_chunked",
+            "_dialling",
+            "_done_at",
+            "_full",
+            "_held",
+            "_key",
+            "_last",
+            "_out",
+        ),
+        *("_last", "_out", "_owed", "_paused", "_session", "_stream", "_tries", "_tunnel", "_until_close"),
+        *("_upstream", "upstreams"),
     )
 
     def __init__(self, session: Http2Session, upstreams: Upstreams) -> None:
@@ -52,6 +75,7 @@ class Line:
         self._body: Body | None = None
         self._until_close = False  # the answer ends where the app closes
         self._last = False  # no request follows this one
+        self._done_at = 0.0  # when the last answer was
 
     @property
     def usable(self) -> bool:
@@ -68,6 +92,9 @@ class Line:
         self._out.append(sent)
         safe = stream.head.body is BodyKind.NONE and stream.head.method in SAFE_METHODS and not key
         self._again, self._tries = sent if safe else None, 0
+        if not safe and self._upstream is not None and monotonic() - self._done_at >= FRESH:
+            self._upstream.drop()
+            self._upstream = None
         if self._upstream is None:
             self._dial()
         self.flow()
@@ -272,6 +299,7 @@ class Line:
                 self._upstream.resume()
             self._paused = False
             self._stream = self._body = None
+            self._done_at = monotonic()
             self._session.keep(self)
         else:
             self.drop(cut=not self._asked)
@@ -296,7 +324,7 @@ class Line:
         elif self._body is None and not self._tunnel:
             self._fail(unanswered(self.upstreams, self._answer))
         else:
-            self._fail(CUT_SHORT)
+            self._fail(cut_short(self.upstreams))
 
     def _fail(self, failure: Failure) -> None:
         stream = self._stream

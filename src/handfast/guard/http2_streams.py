@@ -6,6 +6,7 @@ brings the answer: a `Line` (http2_lines) to an app of HTTP/1.1, a `Call` (http2
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from math import inf
 from time import monotonic
@@ -268,9 +269,12 @@ class Stream:
             self.admission = None
 
     def _finish(self) -> None:
-        """The answer is sent. RFC 9113 8.1: a request that is not whole yet need not be sent on."""
+        """The answer is sent. RFC 9113 8.1: a request that is not whole yet need not be sent on.
+
+        The client is told so in a write of its own: some (curl 7.88) lose an answer that is read together with it.
+        """
         if not self.asked:
-            self._session.reset(self.id, ErrorCodes.NO_ERROR)
+            asyncio.get_running_loop().call_soon(self._session.need_no_more, self.id)
         self._end(ErrorCodes.NO_ERROR)
 
     def _end(self, code: int) -> None:

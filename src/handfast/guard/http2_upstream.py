@@ -28,7 +28,7 @@ from hyperframe.frame import GoAwayFrame
 from handfast.errors import Failure, Reason, RemoteProtocolError
 from handfast.guard.http2_frames import Outflow, machine
 from handfast.guard.http2_streams import AnswerHead, Stream, answer_head
-from handfast.guard.upstream import CUT_SHORT, SecureUpstream, Upstream, Upstreams, unanswered
+from handfast.guard.upstream import SecureUpstream, Upstream, Upstreams, cut_short, unanswered
 from handfast.wire.http1 import Header
 from handfast.wire.http2 import app_answer, trailer_fields
 
@@ -335,7 +335,7 @@ class AppConnection:
             if told is None and not call.stream.status:
                 told = unanswered(self.upstreams)
             elif told is None:
-                told = CUT_SHORT
+                told = cut_short(self.upstreams)
             call.stream.fail(told)
         self._session.flush()
 

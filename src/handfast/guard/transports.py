@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import ParamSpec
 
 LINGER = 2.0  # seconds for a peer that was refused to read why
-LINGER_BYTES = 1 << 18  # and what it may send meanwhile
+LINGER_BYTES = 1 << 26  # and what it may send meanwhile: who is in the midst of an upload reads after it
 _RESET = struct.pack("ii", 1, 0)  # socket(7): with a linger time of zero, close sends RST
 _P = ParamSpec("_P")
 

@@ -8,6 +8,7 @@ one connection, in the clear and over TLS of our own, and look the same to their
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -24,7 +25,9 @@ from handfast.wire.proxy import proxy_v2
 from handfast.wire.usual import Answers
 
 _ALERT = b"\x15\x03"  # how a record with an alert begins, in every version of TLS (RFC 8446 5.1)
+FRESH = 1.0  # seconds that a connection may have rested for what cannot be asked again: the app may be closing it
 LOOK = 1.0  # seconds between two looks at whether an app's certificate has ended
+_MORE_FILES = "the guard itself is short of them: a larger `ulimit -n`, or LimitNOFILE= of systemd"
 _REST = (0.2, 30.0)  # seconds, shortest and longest, that a backend which took no connection is left alone
 
 
@@ -86,7 +89,9 @@ class Backend:
         self.refusals, self.rest_until = 0, 0.0
 
     def refused(self, moment: float) -> None:
-        """It took none: leave it alone for a while, twice as long each time."""
+        """It took none: leave it alone for a while, twice as long each time; what fails at one time counts once."""
+        if moment < self.rest_until:
+            return
         shortest, longest = _REST
         self.rest_until = moment + min(longest, shortest * 2 ** min(self.refusals, 10))
         self.refusals += 1
@@ -156,6 +161,8 @@ class Upstreams:
             opened = await _open(backend, owner, self, preface)
             if not isinstance(opened, Failure):
                 backend.took()
+                break
+            if opened.facts.get("remedy") == _MORE_FILES:  # it was never asked
                 break
             backend.refused(monotonic())
         _hand_over(owner, opened)
@@ -473,6 +480,8 @@ async def _open(
         failure = Failure(Reason.UPSTREAM_TLS, facts)
     except (OSError, UnicodeError) as error:
         failure = _down(target, no_way(error))
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            failure.facts["remedy"] = _MORE_FILES
     except asyncio.CancelledError:
         _discard(made)
         raise
@@ -497,8 +506,9 @@ def _discard(made: list[Upstream | SecureUpstream]) -> None:
             upstream.drop()
 
 
-# What became of an answer that its app did not finish.
-CUT_SHORT = Failure(Reason.UPSTREAM_BAD_RESPONSE, {"detail": "it closed in the midst of its answer"})
+def cut_short(group: Upstreams) -> Failure:
+    """What became of an answer that its app did not finish."""
+    return Failure(Reason.UPSTREAM_BAD_RESPONSE, {"target": str(group), "detail": "it closed in the midst of it"})
 
 
 def bad_answer(group: Upstreams, error: RemoteProtocolError) -> Failure:

@@ -433,8 +433,8 @@ def _read_request(method: bytes, target: bytes, minor: int, fields: _Fields) -> 
     if framing.expectations and framing.expectations != [b"100-continue"]:
         raise RemoteProtocolError(Reason.HTTP_EXPECTATION)
     has_body = framing.chunked or framing.length > 0
-    if framing.upgrade is not None and has_body:
-        _unframed("an Upgrade with a body")
+    if framing.upgrade == b"websocket" and has_body:
+        _unframed("a websocket's request with a body")
     return RequestHead(
         method,
         target,
