@@ -99,7 +99,7 @@ def doubts(snapshot: Snapshot, groups: Iterable[Upstreams], now: datetime) -> li
     not, a certificate near its end, an app that others on this machine can reach past it.
     """
     said: list[str] = []
-    for site in (site for sites in snapshot.sites.values() for site in sites.all):
+    for site in _sites(snapshot):
         with suppress(HandfastError, *UNREADABLE):  # a doubt about a doubt stops nobody
             said += _doubts_of(site, now)
     for target in (backend.target for group in groups for backend in group.backends):
@@ -112,11 +112,16 @@ def doubts(snapshot: Snapshot, groups: Iterable[Upstreams], now: datetime) -> li
 
 def next_doubt(snapshot: Snapshot, now: datetime) -> datetime | None:
     """When time alone makes something doubtful next: a certificate comes near its end, a revocation list falls due."""
-    sites = [site for sites in snapshot.sites.values() for site in sites.all]
-    moments = [_near_end(site.context.credential.chain[0]) for site in sites]
-    for site in sites:
-        moments += [] if site.context.terms.crls is None else site.context.terms.crls.next_updates().values()
+    moments: list[datetime] = []
+    for site in _sites(snapshot):
+        moments.append(_near_end(site.context.credential.chain[0]))
+        if (crls := site.context.terms.crls) is not None:
+            moments += crls.next_updates().values()
     return min((moment for moment in moments if moment > now), default=None)
+
+
+def _sites(snapshot: Snapshot) -> list[Site]:
+    return [site for sites in snapshot.sites.values() for site in sites.all]
 
 
 def _near_end(leaf: x509.Certificate) -> datetime:
@@ -126,9 +131,8 @@ def _near_end(leaf: x509.Certificate) -> datetime:
 
 def _doubts_of(site: Site, now: datetime) -> Iterator[str]:
     terms, leaf = site.context.terms, site.context.credential.chain[0]
-    for anchor in terms.bundle.anchors if terms.crls is not None else ():
-        failure = terms.crls.failure(anchor, anchor, now) if terms.crls is not None else None
-        if failure is not None:
+    for anchor in terms.bundle.anchors:
+        if terms.crls is not None and (failure := terms.crls.failure(anchor, anchor, now)) is not None:
             yield f"{failure.message}: every client of it is refused [{failure.reason.code}]"
     vouching = set(terms.bundle.names) or {label(anchor) for anchor in terms.bundle.anchors}
     if len(vouching) > 1 and (terms.bundle.names or terms.bundle.trust_domain is None):

@@ -394,8 +394,10 @@ class Connection(asyncio.Protocol):
         """Have the gate count the peer, once it is known."""
         if self.gate is None or self.peer is None:
             return None
-        # The same name of two authorities is two identities, and so are two authorities that two sites call alike.
-        key = f"{self.peer.identity.authority} {fingerprint(self.peer.path[-1])} {self.who}"
+        authority = self.peer.identity.authority  # the same name of two authorities is two identities
+        if self.site.context.terms.bundle.names:  # another site may call another authority alike
+            authority += f" {fingerprint(self.peer.path[-1])}"
+        key = f"{authority} {self.who}"
         failure = self.gate.admit_identity(key, monotonic())
         if failure is None:
             self._entered.append(key)

@@ -38,20 +38,7 @@ class Line:
     """One connection to an HTTP/1.1 app: it carries one request after another, of one client alone."""
 
     __slots__ = (
-        *(
-            "_again",
-            "_answer",
-            "_asked",
-            "_body",
-            "_chunked",
-            "_dialling",
-            "_done_at",
-            "_full",
-            "_held",
-            "_key",
-            "_last",
-            "_out",
-        ),
+        *("_again", "_answer", "_asked", "_body", "_chunked", "_dialling", "_done_at", "_full", "_held", "_key"),
         *("_last", "_out", "_owed", "_paused", "_session", "_stream", "_tries", "_tunnel", "_until_close"),
         *("_upstream", "upstreams"),
     )

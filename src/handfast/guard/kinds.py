@@ -35,7 +35,6 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 _MILLISECONDS = re.compile(r"([1-9][0-9]{0,8})ms")
 _RELATIVE_SOCKET = re.compile(r"((?:[a-z0-9]+(?:\+|://))?unix:)([^/].*)", re.S)
-_NAMES = "a name begins with a letter; letters, digits, - and _ may follow, 63 in all"
 _LONGEST = 60  # characters of a wrong value that are shown
 _UNITS = (("d", timedelta(days=1)), ("h", timedelta(hours=1)), ("m", timedelta(minutes=1)), ("s", timedelta(seconds=1)))
 
@@ -306,12 +305,16 @@ def named_tables(table: Table) -> Kind:
     def read(value: object, spot: Spot) -> Mapping[str, Any]:
         if not isinstance(value, dict):
             raise Unfit
-        for name in value:
-            if not is_name(name):
-                spot.below(name).wrong(_NAMES)
+        _check_names(value, spot)
         return {name: read_table(table, item, spot.below(name)) for name, item in value.items()}
 
     return Kind(f"tables, each {table.header}", read)
+
+
+def _check_names(names: Iterable[str], spot: Spot) -> None:
+    for name in names:
+        if not is_name(name):
+            spot.below(name).wrong("a name begins with a letter; letters, digits, - and _ may follow, 63 in all")
 
 
 def is_name(text: str) -> bool:
@@ -355,9 +358,7 @@ def _read_authorities(value: object, spot: Spot) -> tuple[AuthorityFile, ...]:
     if not value:
         raise Unfit
     before = len(spot.notes.problems)
-    for name in value:
-        if not is_name(name):
-            spot.below(name).wrong(_NAMES)
+    _check_names(value, spot)
     found = {name: PATH.take(path, spot.below(name), None) for name, path in value.items()}
     if spot.notes.full or spot.notes.problems[before:]:
         spot.notes.wrong.add(spot.at)

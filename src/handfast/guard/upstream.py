@@ -162,7 +162,7 @@ class Upstreams:
             if not isinstance(opened, Failure):
                 backend.took()
                 break
-            if opened.facts.get("remedy") == _MORE_FILES:  # it was never asked
+            if isinstance(opened, _Shortage):
                 break
             backend.refused(monotonic())
         _hand_over(owner, opened)
@@ -481,7 +481,7 @@ async def _open(
     except (OSError, UnicodeError) as error:
         failure = _down(target, no_way(error))
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            failure.facts["remedy"] = _MORE_FILES
+            failure = _Shortage(failure.reason, failure.facts | {"remedy": _MORE_FILES})
     except asyncio.CancelledError:
         _discard(made)
         raise
@@ -491,6 +491,10 @@ async def _open(
     if opened.done() and not opened.cancelled():
         opened.exception()  # looked at, so that the loop does not complain of it
     return failure
+
+
+class _Shortage(Failure):
+    """No descriptor was left here for a connection: the backend was never asked."""
 
 
 def _abort(transport: asyncio.Transport, *, cut: bool) -> None:

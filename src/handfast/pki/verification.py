@@ -64,6 +64,11 @@ class TrustBundle:
     anchors: tuple[x509.Certificate, ...]
     trust_domain: str | None = None
     names: tuple[str, ...] = ()
+    _named: dict[bytes, str] = field(init=False, repr=False, compare=False)  # by the key of each anchor
+
+    def __post_init__(self) -> None:
+        named = dict(zip(map(public_key_der, self.anchors), self.names, strict=True)) if self.names else {}
+        object.__setattr__(self, "_named", named)
 
     def authority_of(self, path: Sequence[x509.Certificate]) -> str:
         """The authority in the identity that a path, leaf to anchor, proves: where they have names, the nearest one.
@@ -73,10 +78,9 @@ class TrustBundle:
         """
         if not self.names:
             return self.trust_domain or f"sha256:{fingerprint(path[-1])}"
-        named = dict(zip(map(public_key_der, self.anchors), self.names, strict=True))
         for authority in path[1:]:
-            if (key := public_key_der(authority)) and key in named:
-                return named[key]
+            if (key := public_key_der(authority)) and key in self._named:
+                return self._named[key]
         raise ValueError("no authority on the path has a name")
 
 
