@@ -19,6 +19,7 @@ from h2.errors import ErrorCodes
 from hyperframe.frame import GoAwayFrame
 
 from handfast.guard.connection import Limits
+from handfast.guard.http2_frames import STREAM_WINDOW
 from handfast.policy import parse_policy
 from tests.support.apps import client_context
 from tests.support.certs import Ca, Leaf
@@ -438,6 +439,55 @@ def test_flow_control_goes_from_end_to_end(ca: Ca, enter: Enter) -> None:
         client.h2.increment_flow_control_window(1 << 20, stream)
         client.flush()
         assert len(client.wait(stream).body) == size
+
+
+def test_answers_that_are_left_unread_hold_up_no_other(ca: Ca, enter: Enter) -> None:
+    """50 answers of which the client takes nothing: the app may send a little of each, and other calls go on."""
+    large = bytes(1 << 20)
+    left: dict[int, memoryview] = {}
+
+    def on(app: H2Connection, event: events.Event) -> None:
+        if isinstance(event, events.RequestReceived):
+            app.send_headers(event.stream_id, OK)
+            left[event.stream_id] = memoryview(large if _path(event) == "/large" else b"here")
+        for stream, body in list(left.items()):
+            while body and (room := min(app.local_flow_control_window(stream), 16_384, len(body))) > 0:
+                app.send_data(stream, bytes(body[:room]), end_stream=room == len(body))
+                left[stream] = body = body[room:]
+
+    with Http2App(on) as app, Running(ca, app.address) as guard, enter(guard) as client:
+        client.greedy = False
+        client.h2.increment_flow_control_window(1 << 30)
+        streams = [client.send(client.head("/large")) for _ in range(50)]
+        for stream in streams:
+            client.wait(stream, lambda answer: len(answer.body) == 65_535)
+        assert [client.get("/small").body for _ in range(3)] == [b"here"] * 3
+        assert sum(len(large) - len(body) for body in left.values() if body) <= 50 * (STREAM_WINDOW + 2 * 65_535)
+        for stream in streams:
+            client.h2.increment_flow_control_window(1 << 30, stream)
+        client.flush()
+        assert [len(client.wait(stream).body) for stream in streams] == [len(large)] * 50
+
+
+def test_uploads_that_an_app_leaves_hold_up_no_other(ca: Ca, enter: Enter) -> None:
+    """50 requests of whose bodies the app takes nothing: the client may send a little of each, and others whole."""
+
+    def on(app: H2Connection, event: events.Event) -> None:
+        if isinstance(event, events.RemoteSettingsChanged):
+            app.increment_flow_control_window(1 << 30)
+        elif isinstance(event, events.RequestReceived) and _path(event) == "/small":
+            app.send_headers(event.stream_id, OK)
+        elif isinstance(event, events.StreamEnded):
+            app.send_data(event.stream_id, b"all", end_stream=True)
+
+    with Http2App(on) as app, Running(ca, app.address) as guard, enter(guard) as client:
+        size = 65_535 + STREAM_WINDOW // 2  # what the app takes, and what waits for it
+        streams = [client.send(client.head("/large", method="POST"), None) for _ in range(50)]
+        for stream in streams:
+            client.body(stream, bytes(size))
+        client.until(lambda: client.h2.outbound_flow_control_window >= STREAM_WINDOW)
+        assert [client.get("/small", method="POST", body=b"x").body for _ in range(3)] == [b"all"] * 3
+        assert not any(client.answers[stream].over for stream in streams)
 
 
 def test_a_quiet_grpc_stream_may_rest_and_another_may_not(ca: Ca, enter: Enter) -> None:

@@ -274,7 +274,7 @@ def _held(guard: Running) -> int:
 
 @pytest.mark.parametrize("window", [0, 1, 65_535])
 def test_answers_that_nobody_reads_are_bounded_together(ca: Ca, enter: Enter, window: int) -> None:
-    """100 streams ask for 50 MB each and the client reads nothing: the guard takes some 2 MiB from the apps in all."""
+    """100 streams ask for 50 MB each and the client reads nothing: the guard takes some 8 MiB from the apps in all."""
     with App(_large) as app, Running(ca, app.address) as guard:
         with enter(guard, greedy=False, initial_window_size=window) as client:
             for number in range(100):

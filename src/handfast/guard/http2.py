@@ -12,6 +12,7 @@ and the connection's is the nearest of them.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from base64 import b64encode
 from collections.abc import Callable, Sequence
@@ -50,7 +51,8 @@ if TYPE_CHECKING:
 
 # Bytes that wait for one client: above the first, apps are read only for streams that hold nothing; above the second,
 # for none. So one that does not read costs so much and a read more, and streams that rest leave room for the others.
-MANY_HELD, MOST_HELD = 1 << 20, 1 << 21
+MANY_HELD, MOST_HELD = 1 << 20, 1 << 23
+_TURN = 1 << 19  # bytes of answers after which a client's other streams wait for the next turn of the event loop
 _KEPT = 16  # connections to HTTP/1.1 apps that wait for the next request
 _REST = 10.0  # seconds without a request after which the connections to apps are given back
 _MOST_KNOWN, _LONGEST_KNOWN = 16, 2048  # requests that are remembered, and bytes of their header lists
@@ -73,7 +75,7 @@ class Http2Session:
 
     __slots__ = (
         *("_apps", "_channel", "_closed", "_count", "_dirty", "_door", "_finishing", "_head_begun", "_held", "_kept"),
-        *("_known", "_latest", "_rested", "_streams", "blocked", "connection", "frames", "hungry", "machine"),
+        *("_known", "_latest", "_pumping", "_rested", "_streams", "blocked", "connection", "frames", "hungry", "machine"),
     )
 
     def __init__(self, connection: Connection, door: Door, channel: Channel) -> None:
@@ -89,6 +91,7 @@ class Http2Session:
         self._dirty: list[Line | AppConnection] = []  # they have something to write
         self._known: dict[tuple[object, ...], _Known] = {}
         self._latest: tuple[tuple[Header, ...], bool, _Known] | None = None
+        self._pumping = False  # a turn of `_pump` is to come
         self._finishing = False  # no new requests
         self._closed = False  # all is said
         self._held = 0  # bytes of answers that wait for the client
@@ -427,10 +430,25 @@ class Http2Session:
 
     def _pump(self) -> None:
         """Give each stream that has something its turn; those that are not done come last the next time."""
+        if self.blocked:
+            return
         hungry, self.hungry = self.hungry, {}
-        for identifier, stream in hungry.items():
+        while hungry and self.machine.unsent < _TURN:
+            identifier = next(iter(hungry))
+            stream = hungry.pop(identifier)
             if identifier in self._streams:
                 stream.pump()
+        if hungry:
+            self.hungry = {one: stream for one, stream in hungry.items() if one in self._streams} | self.hungry
+            if not self._pumping:
+                self._pumping = True
+                asyncio.get_running_loop().call_soon(self._pump_on)
+
+    def _pump_on(self) -> None:
+        self._pumping = False
+        if not self._closed and not self.connection.transport.is_closing():
+            self._pump()
+            self.flush()
 
     def _refuse(self, identifier: int, head: RequestHead | None, failure: Failure, *, asked: bool) -> None:
         stream = Stream(self, identifier, self._count, head, asked=asked)

@@ -23,8 +23,8 @@ from handfast.wire.http2 import MAX_LIST
 from handfast.wire.packing import Packer, Unpacker
 
 MAX_STREAMS = 100  # requests at a time (RFC 9113 6.5.2 names no less)
-STREAM_WINDOW = 1 << 18  # bytes of a request's body that wait for the app, of each stream
-CONNECTION_WINDOW = 1 << 20  # and of all streams together
+STREAM_WINDOW = 1 << 16  # bytes of a body that wait for the other side, of each stream: all streams may have so many
+CONNECTION_WINDOW = 1 << 23  # and of all streams together
 _LARGEST = 1 << 16  # bytes of a DATA frame of ours, where the peer takes so many: others want their turn
 _HEADER = 9  # bytes of a frame's head, RFC 9113 4.1
 

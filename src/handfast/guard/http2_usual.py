@@ -45,6 +45,7 @@ TESTED = frozenset({"4.4.1"})  # releases of h2 whose state this knows
 
 _CLOSED = 512  # streams that are remembered when they are over
 _MANY = 128  # streams, the ended ones among them; beyond it the library clears up as the next one opens
+_WIDE = 1 << 18  # bytes of a stream's window once as many have come: those that are soon left to wait hold less
 _LARGEST_ID = _LARGEST_WINDOW = 2**31 - 1  # RFC 9113 5.1.1, 6.9.1
 
 _HEAD = Struct(">HBBBL")  # RFC 9113 4.1: length (in two parts), type, flags, stream
@@ -334,9 +335,9 @@ class Machine(H2Connection):
         return None if stream is None or stream.state_machine.state is _OVER else stream
 
     @property
-    def unsent(self) -> bool:
-        """Whether `data_to_send` has anything."""
-        return bool(self._data_to_send)
+    def unsent(self) -> int:
+        """Bytes that `data_to_send` has."""
+        return len(self._data_to_send)
 
     @property
     def places(self) -> int:
@@ -350,7 +351,7 @@ class Machine(H2Connection):
         return identifier if 2 < identifier <= _LARGEST_ID else self.get_next_available_stream_id()
 
     def acknowledge_received_data(self, acknowledged_size: int, stream_id: int) -> None:
-        """As the library's: the peer is told once it may send half a window more."""
+        """As the library's: the peer is told once it may send half a window more. A long body's window is widened."""
         whole, stream = self._inbound_flow_control_window_manager, self.streams.get(stream_id)
         taken, size = whole._bytes_processed + acknowledged_size, acknowledged_size
         usual = self._short and size >= 0 and whole.current_window_size > 0 and taken < whole.max_window_size // 2
@@ -364,8 +365,14 @@ class Machine(H2Connection):
                 own._bytes_processed = taken_own
         if usual:
             whole._bytes_processed = taken
-        else:
-            super().acknowledge_received_data(acknowledged_size, stream_id)
+            return
+        super().acknowledge_received_data(acknowledged_size, stream_id)
+        if stream is not None and stream._actual_content_length >= _WIDE and self.state_machine.state is self._going:
+            own = stream._inbound_window_manager
+            more = _WIDE - own.max_window_size
+            if more > 0 and not own._bytes_processed and stream.state_machine.state in (_OPEN, _CLOSED_BY_US):
+                self.increment_flow_control_window(more, stream_id)
+                own.max_window_size = _WIDE
 
     # Streams.
 
