@@ -169,7 +169,7 @@ _SECTIONS = {
     "input": ("What was given does not parse", ""),
     "verify": (
         "A chain does not prove what it claims",
-        "A guard answers 401 where no certificate came and 403 otherwise. In TCP mode the client gets a TLS alert.",
+        "A guard answers with the HTTP status. In TCP mode the client gets a TLS alert.",
     ),
     "issue": ("What may not be issued", ""),
     "store": ("The disk and the ledger", ""),

@@ -48,6 +48,7 @@ def _input(code: str, message: str, hint: str = "", exit: Exit = Exit.USAGE) -> 
 
 
 def _verify(code: str, message: str, hint: str = "", http: int = 403) -> Row:
+    # RFC 9110 15.5.2: a 401 names a scheme of authentication, and none stands for a certificate
     return Row(f"verify.{code}", message, hint, Exit.REFUSED, http)
 
 
@@ -161,7 +162,6 @@ class Reason(Enum):
         "no_certificate",
         "no client certificate was presented",
         "present one: curl --cert client.crt --key client.key",
-        http=401,
     )
     VERIFY_MALFORMED = _verify("malformed", "the certificate cannot be read: {detail}")
     VERIFY_UNKNOWN_ISSUER = _verify(
@@ -344,9 +344,9 @@ class Reason(Enum):
     HTTP_REQUEST_LINE = _http("request_line", "the request line is not HTTP/1.1")
     HTTP_VERSION = _http("version", "this version of HTTP is not taken here: {detail}", 505)
     HTTP_METHOD = _http("method", "the method {method} is not forwarded", 405)
-    HTTP_HEADER = _http("header", "a header line is malformed")
-    HTTP_FRAMING = _http("framing", "Content-Length and Transfer-Encoding do not frame one body")
-    HTTP_CHUNK = _http("chunk", "a chunk is malformed")
+    HTTP_HEADER = _http("header", "a header line is malformed: {detail}")
+    HTTP_FRAMING = _http("framing", "Content-Length and Transfer-Encoding do not frame one body: {detail}")
+    HTTP_CHUNK = _http("chunk", "a chunk is malformed: {detail}")
     HTTP_HOST = _http("host", "there must be exactly one valid Host header")
     HTTP_TARGET = _http("target", "the request target is malformed or not in origin form")
     HTTP_AMBIGUOUS_PATH = _http("ambiguous_path", "the path can be read in two ways, so no path rule can judge it")

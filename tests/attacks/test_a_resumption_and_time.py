@@ -89,7 +89,7 @@ def test_a2_a_session_of_a_lax_server_with_our_certificate_is_nothing(
         assert attacker.call(twin, context=context, session=given.session).reused  # it is a good session there
         with App() as app, Running(ca, app.address, server=server, tls12=tls12) as guard:
             heard = attacker.call(guard, context=context, session=given.session)
-            assert heard.refusal == (401, "verify.no_certificate")
+            assert heard.refusal == (403, "verify.no_certificate")
             assert not heard.reused
             assert untouched(app)
 
@@ -107,7 +107,7 @@ def test_a2_a_session_of_an_optional_listener_is_nothing_at_a_strict_one(attacke
         for _ in range(2):  # a neighbour, then one that was started anew
             with Running(ca, strict.address, server=server, tls12=tls12) as guard:
                 again = attacker.call(guard, context=context, session=first.session)
-                assert again.refusal == (401, "verify.no_certificate")
+                assert again.refusal == (403, "verify.no_certificate")
                 assert not again.reused
     assert untouched(strict)
 

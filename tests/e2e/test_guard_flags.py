@@ -106,7 +106,7 @@ def test_flags_and_file_do_the_same(tmp_path: Path, app: App, how: str) -> None:
         assert (sent["x-ssl-client-verify"], "client-cert" in sent) == ("SUCCESS", False)
         assert alice.ask(guard.port, method="POST").error == (403, "policy.no_rule")
         assert bob.ask(guard.port).error == (403, "policy.no_rule")
-        assert files.nobody.ask(guard.port).error == (401, "verify.no_certificate")
+        assert files.nobody.ask(guard.port).error == (403, "verify.no_certificate")
         assert guard.next("request", peer="spiffe://test/alice")["rule"] == "allow spiffe://test/alice GET"
         with alice.line(guard.port, newest=ssl.TLSVersion.TLSv1_2) as line:
             assert (line.ask().status, line.tls.version()) == (200, "TLSv1.2")

@@ -102,7 +102,7 @@ TLS = {
     "the address": ('ca = "ca.crt"', 502, "upstream.tls", "not for ip:127.0.0.1"),
     "unexpected": ('expect = "dns:other.test"\nca = "ca.crt"', 502, "upstream.tls", "other.test"),
     "wrong authority": ('server_name = "localhost"\nca = "other.crt"', 502, "upstream.tls", "not in the trust bundle"),
-    "no certificate": ('server_name = "localhost"\nca = "ca.crt"', 401, "verify.no_certificate", ""),
+    "no certificate": ('server_name = "localhost"\nca = "ca.crt"', 403, "verify.no_certificate", ""),
 }
 
 

@@ -79,7 +79,7 @@ def test_the_first_line_says_all_that_a_script_needs(tmp_path: Path, app: App) -
         _, (leaf, *_) = parse_p12(Path(client["p12"]).read_bytes(), "p12", password)
         assert leaf == parse_certificates(Path(client["cert"]).read_bytes(), "crt")[0]
         assert ask_as_client(served)[0] == 200
-        assert error_of(ask(served, None)) == (401, "verify.no_certificate")
+        assert error_of(ask(served, None)) == (403, "verify.no_certificate")
         assert app.received.count(b"GET / ") == 1
         assert served.child.stop() == Exit.OK
     assert json.loads(served.child.lines[-1])["event"] == "stopped"

@@ -164,7 +164,7 @@ def test_garbage_has_a_verdict(rows: list[tuple[Side, int, bytes]]) -> None:
     ("answer", "reason"),
     [
         (b'HTTP/1.1 403 Forbidden\r\n\r\n{"error": "verify.revoked", "id": "12ab"}', Reason.VERIFY_REVOKED),
-        (b'HTTP/1.1 401 X\r\n\r\n{"error": "verify.no_certificate"}', Reason.VERIFY_NO_CERTIFICATE),
+        (b'HTTP/1.1 403 X\r\n\r\n{"error": "verify.no_certificate"}', Reason.VERIFY_NO_CERTIFICATE),
         (b'HTTP/1.1 400 X\r\n\r\n{"error": "http.host"}', Reason.HTTP_HOST),
         (b"HTTP/1.1 403 Forbidden\r\n\r\nRBAC: access denied", Reason.POLICY_DENIED),
         (

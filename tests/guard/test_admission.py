@@ -24,7 +24,7 @@ from tests.support.waiting import PATIENCE
 NOW = datetime.now(UTC).replace(microsecond=0)
 
 REFUSED: dict[str, tuple[Callable[[Ca], Leaf | None], int, str]] = {
-    "none": (lambda ca: None, 401, "verify.no_certificate"),
+    "none": (lambda ca: None, 403, "verify.no_certificate"),
     "other_authority": (lambda ca: Ca.root("Other").client(), 403, "verify.unknown_issuer"),
     "same_name_other_key": (lambda ca: Ca.root("Test Root").client(), 403, "verify.bad_signature"),
     "self_signed": (lambda ca: Leaf(*_self_signed()), 403, "verify.unknown_issuer"),

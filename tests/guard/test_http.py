@@ -93,6 +93,21 @@ def test_ambiguous_framing_is_refused(ca: Ca, ask: Ask, case: str) -> None:
             assert app.connections == 0
 
 
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("bare_cr", "a control byte, or a bare CR or LF"),
+        ("bad_chunk", "a malformed chunk size or extension"),
+        ("underscore_te", "a name that an app may read as Transfer-Encoding"),
+    ],
+)
+def test_the_log_says_what_is_malformed(ca: Ca, ask: Ask, case: str, said: str) -> None:
+    """Whoever runs the guard reads in the log which part of a request was refused."""
+    with App() as app, Running(ca, app.address) as guard:
+        ask(guard, ca.client(), SMUGGLING[case])
+        assert guard.events.next("request")["detail"].lower().endswith(said.lower())
+
+
 def test_other_refusals_have_their_status(ca: Ca, ask: Ask) -> None:
     """An overlong head is 431, HTTP/2.0 505, CONNECT 405, a strange expectation 417."""
     cases = {

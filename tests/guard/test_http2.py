@@ -101,6 +101,19 @@ def test_a_refused_client_is_told_over_http_2(ca: Ca, enter: Enter, tmp_path: Pa
             assert good.get().status == 200
 
 
+def test_all_that_a_refused_client_asks_at_once_is_answered(ca: Ca, enter: Enter) -> None:
+    """Three requests in one breath: each has the reason, and GOAWAY names the last."""
+    with App() as app, Running(ca, app.address) as guard, enter(guard, Ca.root("Other").client()) as client:
+        for stream in (1, 3, 5):
+            client.h2.send_headers(stream, client.head(), end_stream=True)
+        client.flush()
+        client.until(lambda: client.closed)
+        assert [client.answers[stream].status for stream in (1, 3, 5)] == [403] * 3
+        assert all(json.loads(client.answers[stream].body)["error"] == "verify.unknown_issuer" for stream in (1, 3, 5))
+        assert client.goaway == (ErrorCodes.NO_ERROR, 5)
+        assert app.connections == 0
+
+
 def test_a_refused_client_that_asks_for_too_much_is_cut(ca: Ca, enter: Enter) -> None:
     """A refused client that sends no request but other frames is not read for ever."""
     with App() as app, Running(ca, app.address) as guard, enter(guard, Ca.root("Other").client()) as client:

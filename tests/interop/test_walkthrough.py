@@ -63,7 +63,7 @@ def test_others_are_refused_in_words(classic: Path, bad: dict[str, tuple[str, ..
     reason = f"verify.{what}"
     with App() as app, served("guard", "--to", app.address, *GUARD, "--legacy-certs", folder=classic) as guard:
         answer = curl(guard.url, *bad[what], *TRUST, folder=classic)
-        assert (answer.status, answer.error) == (401 if what == "no_certificate" else 403, reason)
+        assert (answer.status, answer.error) == (403, reason)
         event = guard.next("connection")
         assert (event["decision"], event["reason"]) == ("deny", reason)
         assert event["id"] in answer.body

@@ -85,7 +85,7 @@ def _play(stage: _Stage, ready: dict[str, Any]) -> None:
     impostor = _issue(stage, stage.folder / "elsewhere", "alice")
     stage.say(f"Guarded: {ready['url']}, allowed: alice. It asks every client for a certificate.\n")
     _call(stage, ready, "alice, with her certificate", alice, 200)
-    _call(stage, ready, "somebody without a certificate", None, 401)
+    _call(stage, ready, "somebody without a certificate", None, 403)
     _call(stage, ready, "an 'alice' of another authority", impostor, 403)
     _call(stage, ready, "bob, who is known but not allowed", bob, 403)
     _run("revoke", "alice", "--state", str(state), "--json")

@@ -1,4 +1,4 @@
-"""As `entry.Refusing`, for a client that speaks HTTP/2: it may begin one stream, and is told why it is refused.
+"""As `entry.Refusing`, for a client that speaks HTTP/2: what it asks at first is answered with why it is refused.
 
 Nothing in here can reach an app.
 """
@@ -47,10 +47,12 @@ class Http2Refusing:
             except ProtocolError:
                 self._close()
                 return
-            for event in events:
-                if isinstance(event, RequestReceived):
-                    self._answer(event)
-                    return
+            requests = [event for event in events if isinstance(event, RequestReceived)]
+            for request in requests:
+                self._answer(request)
+            if requests:  # GOAWAY names the last of them: what comes after may be asked elsewhere (RFC 9113 6.8)
+                self._close()
+                return
         if self._channel.at_eof or self._left < 0:
             self._close()
             return
@@ -61,7 +63,7 @@ class Http2Refusing:
         self._connection.linger()
 
     def writable(self, yes: bool) -> None:
-        """The one answer always fits."""
+        """The answers always fit: the client may send but little."""
 
     def lost(self) -> None:
         """Nothing to tidy."""
@@ -78,7 +80,6 @@ class Http2Refusing:
             made.send_headers(identifier, fields, end_stream=bodiless)
             if not bodiless:
                 made.send_data(identifier, body, end_stream=True)
-        self._close()
 
     def _close(self) -> None:
         self._machine.close_connection(ErrorCodes.NO_ERROR)

@@ -126,7 +126,8 @@ class Stream:
         came = self.timing.bytes_in + size
         if came == self.head.length or (came < self.head.length and not last):
             return False
-        self.cut(Failure(Reason.HTTP_FRAMING), ErrorCodes.PROTOCOL_ERROR)
+        detail = f"{came} bytes came{'' if last else ' and go on'}, and {self.head.length} were said"
+        self.cut(Failure(Reason.HTTP_FRAMING, {"detail": detail}), ErrorCodes.PROTOCOL_ERROR)
         self._session.frames.spend_reset()
         return True
 

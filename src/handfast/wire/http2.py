@@ -92,7 +92,7 @@ def request_head(fields: Sequence[Header], ended: bool) -> RequestHead:
     lines.append(b"\r\n")
     head = parse_request_head(b"\r\n".join(lines))
     if ended and head.length:
-        raise RemoteProtocolError(Reason.HTTP_FRAMING)
+        raise RemoteProtocolError(Reason.HTTP_FRAMING, detail="a length, and no body")
     return head
 
 
@@ -113,7 +113,7 @@ def request_fields(
     for field in fields:
         name = field[0]
         if name[0] != 0x3A and fold(name) not in dropped and not strip(name):  # `:`
-            made.append(field)
+            made.append(_trim(field))
     return made + ours
 
 
@@ -133,8 +133,7 @@ def app_answer(fields: Sequence[Header]) -> tuple[int, list[Header]]:
     try:
         if not fields or fields[0][0] != b":status" or not _STATUS.fullmatch(fields[0][1]):
             _refuse("it has no :status, or not first")
-        rest = fields[1:]
-        _check(rest)
+        rest = _checked(fields[1:])
     except RemoteProtocolError as error:
         raise RemoteProtocolError(
             Reason.UPSTREAM_BAD_RESPONSE, target="", detail=error.facts.get("detail", error.failure.message)
@@ -147,9 +146,10 @@ def trailer_fields(fields: Sequence[Header], strip: Callable[[bytes], bool] | No
 
     Raises RemoteProtocolError (HTTP_HEADER, HTTP_TOO_MANY_HEADERS) and nothing else.
     """
-    _check(fields)
     return [
-        field for field in fields if fold(field[0]) not in _NEVER_IN_TRAILERS and (strip is None or not strip(field[0]))
+        field
+        for field in _checked(fields)
+        if fold(field[0]) not in _NEVER_IN_TRAILERS and (strip is None or not strip(field[0]))
     ]
 
 
@@ -164,13 +164,16 @@ def _split(fields: Sequence[Header]) -> tuple[dict[bytes, bytes], Sequence[Heade
             _refuse("a pseudo-header that comes twice, or that requests do not have")
         pseudo[name] = value
         at += 1
-    rest = fields[at:]
-    _check(rest)
-    return pseudo, rest
+    return pseudo, _checked(fields[at:])
 
 
-def _check(fields: Sequence[Header]) -> None:
-    """Refuse what no header list may have (RFC 9113 8.2); a pseudo-header in here comes too late."""
+def _checked(fields: Sequence[Header]) -> Sequence[Header]:
+    """Return a header list, trimmed; refuse what none may have (RFC 9113 8.2).
+
+    A pseudo-header in here comes too late. White space around a value is malformed by RFC 9113 8.2.1, and yet usual in
+    `grpc-message`; HTTP/1.1 takes it away (RFC 9110 5.5), and so do we.
+    """
+    trimmed = False
     if len(fields) > MAX_HEADERS:
         raise RemoteProtocolError(
             Reason.HTTP_TOO_MANY_HEADERS, limit=MAX_HEADERS, detail=f"more than {MAX_HEADERS} headers"
@@ -179,9 +182,19 @@ def _check(fields: Sequence[Header]) -> None:
         if not _NAME.fullmatch(name):
             _refuse("a name that is no token in lower case, or a pseudo-header after others")
         if not _VALUE.fullmatch(value):
-            _refuse("a control byte in a value, or white space around it")
+            if not _VALUE.fullmatch(value.strip(b" \t")):
+                _refuse(f"a control byte in the value of {name[:64].decode('ascii')}")
+            trimmed = True
         if name in _OF_CONNECTIONS or (name == b"te" and value.lower() != b"trailers"):
-            _refuse("a header that HTTP/2 does not have (RFC 9113 8.2.2)")
+            _refuse(f"HTTP/2 has no {name.decode('ascii')} (RFC 9113 8.2.2)")
+    return [_trim(field) for field in fields] if trimmed else fields
+
+
+def _trim(field: Header) -> Header:
+    """Return a header without white space around its value, of the kind that it was."""
+    name, value = field
+    kept = value.strip(b" \t")
+    return field if len(kept) == len(value) else tuple.__new__(type(field), (name, kept))
 
 
 def _authority(pseudo: dict[bytes, bytes], rest: Sequence[Header]) -> bytes:
