@@ -70,18 +70,14 @@ def test_a_byte_now_and_then_buys_no_time(ca: Ca, tmp_path: Path) -> None:
 
 
 def test_a_client_that_does_not_read_cannot_fill_the_memory(ca: Ca, tmp_path: Path) -> None:
-    """F5: answers that nobody reads stop the reading of requests."""
+    """F5: of 200,000 refusals that nobody reads the guard holds a few."""
     request = get("/denied", close=False) * 100
     with App() as app, Running(ca, app.address, parse_policy(["any /ok"])) as guard, _open(guard, ca, tmp_path) as tls:
         tls.settimeout(0.3)
-        stuck = False
-        for _ in range(20_000):
-            try:
+        with contextlib.suppress(TimeoutError, ConnectionError, ssl.SSLError):
+            for _ in range(2_000):
                 tls.sendall(request)
-            except (TimeoutError, ConnectionError, ssl.SSLError):
-                stuck = True
-                break
-        assert stuck
+        assert guard.guard.connections
         for connection in list(guard.guard.connections):
             assert guard.call(connection.transport.get_write_buffer_size) < 1 << 20
 

@@ -9,11 +9,13 @@ import re
 import socket
 import ssl
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from handfast.guard import entry
 from handfast.guard.connection import Limits
 from handfast.policy import parse_policy
 from tests.guard.conftest import Ask
@@ -189,9 +191,35 @@ def test_a_large_download_arrives_whole(ca: Ca, ask: Ask, path: str) -> None:
         assert answer.count(b"x") >= 8 << 20
 
 
+def _say_no_more(tls: ssl.SSLSocket) -> None:
+    """Send close_notify, and read on (RFC 8446 6.1)."""
+    tls.setblocking(False)
+    with pytest.raises(ssl.SSLWantReadError):
+        tls.unwrap()
+    tls.settimeout(PATIENCE)
+
+
+def test_the_app_hears_of_a_client_that_left(ca: Ca, tmp_path: Path) -> None:
+    """A client that closes while it waits for an answer: the app's connection ends, and the log says who left."""
+    left = threading.Event()
+
+    def answer(connection: socket.socket, _request: bytes) -> None:
+        connection.settimeout(PATIENCE)
+        if connection.recv(1) == b"":
+            left.set()
+
+    with App(answer) as app, Running(ca, app.address) as guard:
+        with _open(guard, ca, tmp_path) as tls:
+            tls.sendall(get("/slow", close=False))
+            until(lambda: b"GET" in app.received, "the request at the app")
+        assert left.wait(PATIENCE)
+        event = guard.events.next("request")
+        assert (event["path"], event["outcome"], event.get("status")) == ("/slow", "client gone", None)
+
+
 @pytest.mark.parametrize("half", [True, False])
 def test_a_client_that_sends_no_more_is_answered_and_let_go(ca: Ca, tmp_path: Path, half: bool) -> None:
-    """After the answer to a client that closed its side of TCP nothing is waited for; another may ask again."""
+    """After the answer to a client that said close_notify nothing is waited for; another may ask again."""
     go = threading.Event()
 
     def answer(connection: socket.socket, _request: bytes) -> None:
@@ -202,19 +230,20 @@ def test_a_client_that_sends_no_more_is_answered_and_let_go(ca: Ca, tmp_path: Pa
         tls.sendall(get("/", close=False))
         until(lambda: b"GET" in app.received, "the request at the app")
         if half:
-            socket.socket.shutdown(tls, socket.SHUT_WR)  # of the TCP below: no close_notify goes before it
+            _say_no_more(tls)
         go.set()
         answered = _read(tls, b"World\n")
         assert answered.endswith(b"Hello World\n")
         if half:
-            assert tls.recv(1) == b"", "it ends with a close_notify"
+            with pytest.raises(ssl.SSLZeroReturnError):  # close_notify: nothing else is that
+                tls.recv(1)
         else:
             tls.sendall(get("/", close=False))
             assert _read(tls, b"World\n")
 
 
 def test_what_was_asked_before_the_end_is_answered(ca: Ca, tmp_path: Path) -> None:
-    """Requests in a row before the client closed its side of TCP are all answered, then the connection ends."""
+    """Requests in a row before the client said close_notify are all answered, then the connection ends."""
     go = threading.Event()
 
     def answer(connection: socket.socket, _request: bytes) -> None:
@@ -224,11 +253,12 @@ def test_what_was_asked_before_the_end_is_answered(ca: Ca, tmp_path: Path) -> No
     with App(answer) as app, Running(ca, app.address) as guard, _open(guard, ca, tmp_path) as tls:
         tls.sendall(get("/a", close=False) + get("/b", close=False))
         until(lambda: b"GET /a" in app.received, "the first request at the app")
-        socket.socket.shutdown(tls, socket.SHUT_WR)
+        _say_no_more(tls)
         go.set()
         answered = b""
-        while piece := tls.recv(1 << 16):
-            answered += piece
+        with pytest.raises(ssl.SSLZeroReturnError):
+            while piece := tls.recv(1 << 16):
+                answered += piece
         assert answered.count(b"HTTP/1.1 200 OK") == 2
         assert b"GET /b" in app.received
 
@@ -315,6 +345,48 @@ def test_expect_100_continue_goes_through(ca: Ca, tmp_path: Path) -> None:
         assert _read(tls, b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         tls.sendall(b"abcde")
         assert _read(tls, b"abcde").startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_client_is_told_to_go_on_where_the_app_does_not(ca: Ca, tmp_path: Path) -> None:
+    """An app that never says 100 Continue has the body all the same: after a moment the guard asks for it."""
+
+    def answer(connection: socket.socket, _request: bytes) -> None:
+        body = connection.recv(5)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n" + body)
+
+    with App(answer) as app, Running(ca, app.address) as guard, _open(guard, ca, tmp_path) as tls:
+        tls.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n")
+        assert _read(tls, b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        tls.sendall(b"abcde")
+        assert _read(tls, b"abcde").startswith(b"HTTP/1.1 200 ")
+
+
+def test_an_answer_before_the_upload_is_through_arrives(ca: Ca, tmp_path: Path) -> None:
+    """An app that answers at the head of an upload and closes, while the client sends on: its answer is the answer."""
+    large = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 4\r\nConnection: close\r\n\r\nlong"
+
+    def answer(connection: socket.socket, _request: bytes) -> None:
+        connection.sendall(large)
+        connection.close()  # with the body unread: a reset
+
+    with App(answer) as app, Running(ca, app.address) as guard:
+        for _ in range(20):
+            with _open(guard, ca, tmp_path) as tls:
+                tls.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (4 << 20))
+                tls.sendall(bytes(4 << 20))
+                assert _read(tls, b"long").startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_refusal_waits_for_who_still_sends(ca: Ca, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refused upload that goes on for longer than silence may: its client reads why; after silence it is cut off."""
+    monkeypatch.setattr(entry, "LINGER", 1.0)
+    with App() as app, Running(ca, app.address, parse_policy(["any /ok"])) as guard, _open(guard, ca, tmp_path) as tls:
+        tls.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
+        for _ in range(12):
+            tls.sendall(b"x")
+            time.sleep(0.2)
+        assert _read(tls, b"}\n").startswith(b"HTTP/1.1 403 ")
+        until(lambda: not guard.guard.connections, "the end")
 
 
 def test_a_websocket_is_a_tunnel_after_101(ca: Ca, tmp_path: Path) -> None:

@@ -362,6 +362,16 @@ def test_expect_is_passed_on(ca: Ca, enter: Enter) -> None:
         assert client.wait(stream).body.decode() == hashlib.sha256(b"abc").hexdigest()
 
 
+def test_a_client_is_told_to_go_on_where_the_app_does_not(ca: Ca, enter: Enter) -> None:
+    """An app that never says 100 has the body all the same: after a moment the guard asks for it."""
+    with App(_upload) as app, Running(ca, app.address) as guard, enter(guard) as client:
+        stream = client.send(client.head("/", ("expect", "100-continue"), method="POST"), None)
+        client.wait(stream, lambda answer: bool(answer.informational))
+        assert client.answers[stream].informational[0][":status"] == "100"
+        client.body(stream, b"abc", last=True)
+        assert client.wait(stream).body.decode() == hashlib.sha256(b"abc").hexdigest()
+
+
 CUT = {
     "length": b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\nHello",
     "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nHello\r\n",

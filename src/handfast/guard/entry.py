@@ -17,7 +17,7 @@ from handfast.guard.http import HttpSession
 from handfast.guard.http2 import Http2Session
 from handfast.guard.http2_refusing import Http2Refusing
 from handfast.guard.ocsp import Verdict
-from handfast.guard.transports import LINGER, LINGER_BYTES
+from handfast.guard.transports import LINGER, LINGER_BYTES, LONGEST_LINGER
 from handfast.guard.tunnel import Tunnel
 from handfast.pki.certificates import label, serial_text
 from handfast.tls.channel import Channel
@@ -255,11 +255,12 @@ class Refusing:
 class Lingering:
     """All is said; what still comes is thrown away."""
 
-    __slots__ = ("_connection", "_left")
+    __slots__ = ("_connection", "_left", "_until")
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._left = LINGER_BYTES
+        self._until = monotonic() + LONGEST_LINGER
         connection.set_deadline(LINGER)
         if not connection.transport.is_closing():
             connection.transport.write_eof()
@@ -269,6 +270,8 @@ class Lingering:
         self._left -= len(data)
         if self._left < 0:
             self._connection.abort()
+        else:
+            self._connection.set_deadline(min(LINGER, self._until - monotonic()))
 
     def ended(self) -> None:
         """The peer has closed too."""

@@ -22,6 +22,7 @@ from handfast.guard.door import Admission, Door
 from handfast.guard.events import Logged, Timing
 from handfast.guard.places import Speech
 from handfast.guard.upstream import (
+    EXPECTED,
     FRESH,
     SecureUpstream,
     Upstream,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 MAX_REFUSALS = 256  # in a row, after which a connection is closed
 REST = 10.0  # seconds without a request after which a connection keeps no more than it must
 LATELY = 2.0  # seconds after an answer within which the next request may be on its way already
+_GO_ON = b"HTTP/1.1 100 Continue\r\n\r\n"
 _NO_BODY = body_reader(BodyKind.NONE, 0)
 # What is said of one request, and not of those that may follow it on the connection.
 _OTHERS_MAY = frozenset(
@@ -142,8 +144,11 @@ class HttpSession:
         self._pump()
 
     def ended(self) -> None:
-        """The client's TCP ended. An answer under way is finished; a request cut short is dropped."""
-        self._client_ended()
+        """The client's TCP ended: it waits for no answer. By close_notify alone it says that it asks no more."""
+        if self._exchange is not None:
+            self._connection.abort()
+        else:
+            self._close()
 
     def writable(self, yes: bool) -> None:
         """The way to the client is full, or free again: read the app as fast as the client takes."""
@@ -356,7 +361,18 @@ class HttpSession:
             again=sent if plain and head.method in SAFE_METHODS else None,
             usual=plain and head.minor == 1 and head.keep_alive and head.method != b"HEAD",
         )
+        if head.expect_continue and head.minor:
+            asyncio.get_running_loop().call_later(EXPECTED, self._go_on, exchange)
         self._begin(exchange, sent)
+
+    def _go_on(self, exchange: Exchange) -> None:
+        """Ask for the body that the client holds back, where the app says nothing (RFC 9110 10.1.1)."""
+        if self._exchange is exchange and exchange.response is None and not (exchange.timing.bytes_in or self._buffer):
+            if self._upstream is None:  # it is being dialled yet
+                asyncio.get_running_loop().call_later(EXPECTED, self._go_on, exchange)
+                return
+            self._channel.write(_GO_ON)
+            self._flush()
 
     def _begin(self, exchange: Exchange, sent: bytes) -> None:
         upstreams = exchange.admission.route.upstreams

@@ -37,10 +37,10 @@ from handfast.guard.door import Admission, Door, strip_override
 from handfast.guard.events import told
 from handfast.guard.http2_frames import MAX_STREAMS, Flood, goaway, machine
 from handfast.guard.http2_lines import Line
-from handfast.guard.http2_streams import Stream
+from handfast.guard.http2_streams import Stream, answer_head
 from handfast.guard.http2_upstream import AppConnection
 from handfast.guard.places import Speech
-from handfast.guard.upstream import Upstreams
+from handfast.guard.upstream import EXPECTED, Upstreams
 from handfast.tls.channel import Channel
 from handfast.wire.http1 import Header, RequestHead, rewrite_request
 from handfast.wire.http2 import request_fields, request_head, trailer_fields
@@ -114,8 +114,11 @@ class Http2Session:
         self._read()
 
     def ended(self) -> None:
-        """The client's TCP ended. Answers under way are finished; requests cut short are dropped."""
-        self._client_ended()
+        """The client's TCP ended: it waits for no answer. By close_notify alone it says that it asks no more."""
+        if self._streams:
+            self.connection.abort()
+        else:
+            self._close()
 
     def writable(self, yes: bool) -> None:
         """The way to the client is full, or free again."""
@@ -310,6 +313,8 @@ class Http2Session:
         stream.admission = admission
         self._streams[event.stream_id] = stream
         stream.wait()
+        if known.head.expect_continue and not asked:
+            asyncio.get_running_loop().call_later(EXPECTED, self._go_on, stream)
         if upstreams.target.speech is Speech.HTTP2:
             if not known.fields:
                 fields = request_fields(event.headers, known.head, known.set_headers, known.strip)
@@ -325,6 +330,12 @@ class Http2Session:
         else:
             sent = known.sent = known.sent or rewrite_request(known.head, known.set_headers, known.strip)
         self._line(upstreams).carry(stream, sent, key)
+
+    def _go_on(self, stream: Stream) -> None:
+        """Ask for the body that the client holds back, where the app says nothing (RFC 9110 10.1.1)."""
+        if self._streams.get(stream.id) is stream and not (stream.status or stream.timing.bytes_in):
+            stream.informed(answer_head(100, []))
+            self.flush()
 
     def _line(self, upstreams: Upstreams) -> Line:
         """Return a connection that is free, or a new one."""

@@ -6,14 +6,16 @@ Shared by the guard and the connector; it knows nothing of either's protocols.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import struct
 from collections.abc import Callable
 from contextlib import suppress
 from typing import ParamSpec
 
-LINGER = 2.0  # seconds for a peer that was refused to read why
-LINGER_BYTES = 1 << 26  # and what it may send meanwhile: who is in the midst of an upload reads after it
+LINGER, LONGEST_LINGER = 2.0, 30.0  # seconds of silence, and in all, for a peer that was refused to read why
+LINGER_BYTES = 1 << 30  # and what it may send meanwhile: who is in the midst of an upload reads after it
+_UNREAD = 1 << 16  # bytes that are read of what a connection leaves behind
 _RESET = struct.pack("ii", 1, 0)  # socket(7): with a linger time of zero, close sends RST
 _P = ParamSpec("_P")
 
@@ -31,6 +33,18 @@ def was_reset(transport: asyncio.Transport) -> bool:
     """Whether an end is none: libuv tells of a reset that comes together with bytes as of an end after them."""
     plug = transport.get_extra_info("socket")
     return plug is not None and plug.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
+
+
+def unread(transport: asyncio.Transport) -> bytes:
+    """What came on a connection before a write failed. To be asked in `connection_lost`, while its socket is open.
+
+    The transports end there, but an app that refuses an upload says why before it closes, and the kernel has it.
+    """
+    plug = transport.get_extra_info("socket")
+    try:
+        return b"" if plug is None else os.read(plug.fileno(), _UNREAD)
+    except OSError:
+        return b""
 
 
 def tell(on_bug: Callable[[Exception], None], what: Callable[_P, None], *news: _P.args, **more: _P.kwargs) -> None:

@@ -18,7 +18,7 @@ from typing import Protocol, cast
 from handfast.errors import Failure, Reason, RemoteProtocolError, VerificationFailed
 from handfast.guard.places import Target, no_way
 from handfast.guard.schema import HealthConfig
-from handfast.guard.transports import reset, tell, was_reset
+from handfast.guard.transports import reset, tell, unread, was_reset
 from handfast.pki.verification import VerifiedPeer
 from handfast.tls.channel import Channel, TlsBroken
 from handfast.wire.proxy import proxy_v2
@@ -26,6 +26,7 @@ from handfast.wire.usual import Answers
 
 _ALERT = b"\x15\x03"  # how a record with an alert begins, in every version of TLS (RFC 8446 5.1)
 FRESH = 1.0  # seconds that a connection may have rested for what cannot be asked again: the app may be closing it
+EXPECTED = 1.0  # seconds for an app to say that it wants the body; then we do: many apps never say it
 LOOK = 1.0  # seconds between two looks at whether an app's certificate has ended
 _MORE_FILES = "the guard itself is short of them: a larger `ulimit -n`, or LimitNOFILE= of systemd"
 _REST = (0.2, 30.0)  # seconds, shortest and longest, that a backend which took no connection is left alone
@@ -207,6 +208,8 @@ class Upstream(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
         self._backend.connections -= 1
+        if exc is not None and (data := unread(self._transport)):
+            self.data_received(data)
         owner, self._owner = self._owner, None
         if owner is not None:
             tell(owner.upstream_bug, owner.upstream_lost, exc is not None)
@@ -310,6 +313,8 @@ class SecureUpstream(asyncio.Protocol):
         self._backend.connections -= 1
         if self._looking is not None:
             self._looking.cancel()
+        if exc is not None and (data := unread(self._transport)):
+            self.data_received(data)
         if exc is None and self._channel is not None and self._channel.at_eof:
             owner, self._owner = self._owner, None
             if owner is not None:
