@@ -12,7 +12,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,6 +218,29 @@ def test_accepting_pauses_while_descriptors_are_out(tmp_path: Path) -> None:
         dora = Caller("dora", guard.port, files.client("dora").context())
         assert all(answer.right for answer in dora.ask_many(5))
         dora.close()
+        guard.well()
+
+
+def test_no_client_is_taken_in_whose_app_could_not_be_reached(tmp_path: Path) -> None:
+    """More clients than there are descriptors for: each that is let in is answered, the rest wait, and come in turn."""
+    with running(tmp_path, limits={resource.RLIMIT_NOFILE: FEW}) as (files, _, guard):
+        context = files.client("alice").context()
+        callers = [Caller("alice", guard.port, context) for _ in range(FEW)]
+        with ThreadPoolExecutor(FEW) as pool, ExitStack() as stack:
+            for caller in callers:
+                stack.callback(caller.close)
+            asked = {pool.submit(caller.ask): caller for caller in callers}
+            held: list[Caller] = []  # as many as the guard takes at a time
+            while asked:
+                done, _ = wait(asked, 1, FIRST_COMPLETED)
+                assert done or held
+                held += [asked.pop(answer) for answer in done if answer.result().right]
+                while not done and held:
+                    held.pop().close()
+        paused = guard.events("accepting")
+        assert paused[0]["paused"]
+        assert f"{FEW} open files" in paused[0]["detail"]
+        assert "LimitNOFILE" in paused[0]["remedy"]
         guard.well()
 
 

@@ -22,6 +22,7 @@ from handfast.guard.listening import BACKLOG, cannot_listen
 from handfast.guard.metrics import Metrics
 from handfast.guard.places import join_address
 from handfast.guard.routes import Snapshot
+from handfast.guard.upstream import MORE_FILES
 
 TICK = 0.5  # seconds; a trust that ended is acted on within two of them
 FLUSH = 0.1  # seconds that an event may wait for its line in the log
@@ -48,7 +49,8 @@ class Guard:
     loaded: float = field(default_factory=time)  # when the snapshot in force came, seconds since 1970
     _plugs: list[tuple[Callable[[], Connection], socket.socket]] = field(default_factory=list)
     _servers: list[asyncio.Server] = field(default_factory=list)
-    _ceiling: float = field(default_factory=lambda: _ceiling())
+    _ceiling: int = field(default_factory=lambda: _ceiling())
+    _room: int = 1 << 31  # clients at a time for which there are descriptors, each with a connection to an app
     _resuming: asyncio.Task[None] | None = None
     _full: bool = False  # no descriptor is left for another client: who connects waits in the kernel's queue
     _ticker: asyncio.TimerHandle | None = None
@@ -71,6 +73,8 @@ class Guard:
         except OSError as error:
             raise cannot_listen(address, error) from None
         self._plugs.append((make, plug))
+        with plug.dup() as lowest:
+            self._room = max((self._ceiling - lowest.fileno()) // 2, 1)
         if self._ticker is None:
             self._ticker = loop.call_later(TICK, self._tick)
             self._flusher = loop.call_later(FLUSH, self._flush)
@@ -79,12 +83,16 @@ class Guard:
     def crowded(self, descriptor: int) -> None:
         """Told of each client's descriptor: the kernel gives the lowest that is free, so a high one says it all.
 
-        Accepting pauses then, before accept(2) fails: libuv would close those that wait, or ask without a pause.
+        Accepting pauses then, before accept(2) fails: libuv would close those that wait, or ask without a pause. It
+        pauses too when each client that is here may yet need a descriptor for its app.
         """
-        if descriptor >= self._ceiling and not self._full and not self.draining:
+        clients = len(self.connections)
+        if (descriptor >= self._ceiling or clients >= self._room) and not self._full and not self.draining:
             self._full = True
             self._close_servers()
-            self.log.emit("accepting", self.now, {"paused": True})
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            detail = f"{clients} clients, and {limit} open files for them, their connections to apps, and the rest"
+            self.log.emit("accepting", self.now, {"paused": True, "detail": detail, "remedy": MORE_FILES})
 
     async def _accept(self, make: Callable[[], Connection], plug: socket.socket) -> None:
         """Accept from a socket, by a copy of it: it outlives a pause."""
@@ -106,7 +114,8 @@ class Guard:
         """Accept again, once there is room for some."""
         try:
             with self._plugs[0][1].dup() as lowest:
-                if lowest.fileno() >= self._ceiling - _SPARE[0] // 2 or self.draining:
+                few = len(self.connections) < self._room
+                if lowest.fileno() >= self._ceiling - _SPARE[0] // 2 or not few or self.draining:
                     return
             for make, plug in self._plugs:
                 await self._accept(make, plug)
@@ -186,7 +195,7 @@ class Guard:
                 self.metrics.reload("kept", failure.reason.code, failure.message)
 
 
-def _ceiling() -> float:
+def _ceiling() -> int:
     """The descriptor from which on a client's is one of the last."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     least, most = _SPARE

@@ -28,7 +28,7 @@ _ALERT = b"\x15\x03"  # how a record with an alert begins, in every version of T
 FRESH = 1.0  # seconds that a connection may have rested for what cannot be asked again: the app may be closing it
 EXPECTED = 1.0  # seconds for an app to say that it wants the body; then we do: many apps never say it
 LOOK = 1.0  # seconds between two looks at whether an app's certificate has ended
-_MORE_FILES = "the guard itself is short of them: a larger `ulimit -n`, or LimitNOFILE= of systemd"
+MORE_FILES = "raise its limit of open files: `ulimit -n`, or LimitNOFILE= of systemd"
 _REST = (0.2, 30.0)  # seconds, shortest and longest, that a backend which took no connection is left alone
 
 
@@ -486,7 +486,7 @@ async def _open(
     except (OSError, UnicodeError) as error:
         failure = _down(target, no_way(error))
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            failure = _Shortage(failure.reason, failure.facts | {"remedy": _MORE_FILES})
+            failure = _Shortage(failure.reason, failure.facts | {"remedy": f"the guard itself is short of them: {MORE_FILES}"})
     except asyncio.CancelledError:
         _discard(made)
         raise
