@@ -21,7 +21,7 @@ import pytest
 
 from handfast.errors import Reason
 from tests.authority.disks import fill, mounted
-from tests.chaos.kit import Apps, Caller, Guard, guarding
+from tests.chaos.kit import Answer, Apps, Caller, Guard, guarding
 from tests.e2e.guard_kit import Files
 from tests.support.apps import client_context
 from tests.support.certs import Ca
@@ -223,13 +223,22 @@ def test_accepting_pauses_while_descriptors_are_out(tmp_path: Path) -> None:
 
 def test_no_client_is_taken_in_whose_app_could_not_be_reached(tmp_path: Path) -> None:
     """More clients than there are descriptors for: each that is let in is answered, the rest wait, and come in turn."""
+    full = threading.Event()
+
+    def come(caller: Caller) -> Answer:
+        caller.open()
+        full.wait(PATIENCE)
+        return caller.ask()
+
     with running(tmp_path, limits={resource.RLIMIT_NOFILE: FEW}) as (files, _, guard):
         context = files.client("alice").context()
         callers = [Caller("alice", guard.port, context) for _ in range(FEW)]
         with ThreadPoolExecutor(FEW) as pool, ExitStack() as stack:
             for caller in callers:
                 stack.callback(caller.close)
-            asked = {pool.submit(caller.ask): caller for caller in callers}
+            asked = {pool.submit(come, caller): caller for caller in callers}
+            until(lambda: guard.events("accepting"), "a pause")
+            full.set()
             held: list[Caller] = []  # as many as the guard takes at a time
             while asked:
                 done, _ = wait(asked, 1, FIRST_COMPLETED)
