@@ -69,9 +69,11 @@ class EventLog:
         `worker`: which of them this is; it stands in all events but those of usual requests.
         """
         self.broken = False
+        self._stuck = False  # lines that could not be written wait in the writing thread
         # Opened anew: a lock belongs to the opening, and what is inherited is one and the same (flock(2)).
         self._lock = None if lock is None else os.open(f"/proc/self/fd/{lock}", os.O_RDWR | os.O_CLOEXEC)
-        self._stream = stream
+        stream.flush()
+        self._stream = getattr(stream, "raw", stream)  # it must be known how much of a line went
         self._pretty = pretty
         self._worker: dict[str, Any] = {} if worker is None else {"worker": worker}
         self._lines: list[bytes] = []
@@ -110,7 +112,7 @@ class EventLog:
         if self._lost and not self.broken:
             lost, self._lost = self._lost, 0
             self.emit("log", datetime.now(UTC), {"lost": lost})
-        if not self._lines:
+        if not self._lines and not self._stuck:
             return
         batch = b"".join(self._lines)
         self._lines.clear()
@@ -151,15 +153,44 @@ class EventLog:
             os.close(own)  # ends the lock too
 
     def _write_all(self) -> None:
-        while (batch := self._batches.get()) is not None:
+        rest, batch = b"", b""
+        while batch is not None:
+            batch = self._batches.get()
+            rest = rest + batch if batch else rest
+            done = 0
             try:
                 with _held(self._lock):
-                    self._stream.write(batch)
-                    self._stream.flush()
-                self.broken = False
+                    try:
+                        while done < len(rest):
+                            done += self._write(rest[done:] if done else rest)
+                    except (OSError, ValueError):  # within the lock: another's line must not follow half of ours
+                        done -= self._take_back(done - rest.rfind(b"\n", 0, done) - 1)
+                        raise
+                self.broken = self._stuck = False
             except (OSError, ValueError):
-                self.broken = True
-            self._written += len(batch)
+                self.broken = self._stuck = True
+            rest = rest[done:]
+            self._written += done
+
+    def _write(self, data: bytes) -> int:
+        if (size := self._stream.write(data)) is None:  # no room now, and it is not to be waited for (open(2), O_NONBLOCK)
+            raise BlockingIOError
+        return size
+
+    def _take_back(self, size: int) -> int:
+        """Take the half of a line out of a file again, where it is the last that stands there; return what went."""
+        if not size:
+            return 0
+        try:
+            descriptor = self._stream.fileno()
+            at = os.lseek(descriptor, 0, os.SEEK_CUR)  # no pipe has one
+            if at != os.fstat(descriptor).st_size:
+                return 0
+            os.ftruncate(descriptor, at - size)
+            os.lseek(descriptor, at - size, os.SEEK_SET)
+        except (OSError, ValueError):
+            return 0
+        return size
 
 
 def _hold_soon(lock: int) -> None:
