@@ -143,6 +143,24 @@ def test_rapid_resets_end_the_connection(ca: Ca, enter: Enter) -> None:
         assert app.received.count(b"GET /b") < 500
 
 
+def test_deadlines_are_no_rapid_resets(ca: Ca, enter: Enter) -> None:
+    """A client that gives up 100 requests at a time, each after it has waited a little, may do so without end."""
+    with App(_silent) as app, Running(ca, app.address) as guard, enter(guard) as client:
+        for _ in range(12):
+            client.get("/good")
+            streams = [client.send(client.head("/a", method="POST"), b"x") for _ in range(100)]
+            began = time.monotonic()
+            while time.monotonic() < began + 0.1:
+                client.h2.ping(b"deadline")
+                client.flush()
+                client.until(lambda: client.pongs > 0)
+                client.pongs = 0
+            for stream in streams:
+                client.h2.reset_stream(stream, ErrorCodes.CANCEL)
+            client.flush()
+        assert client.get("/good").status == 200
+
+
 def test_malformed_requests_are_counted_too(ca: Ca, enter: Enter) -> None:
     """Streams that are begun only to be refused cost as resets do."""
     with App() as app, Running(ca, app.address) as guard, enter(guard) as client:

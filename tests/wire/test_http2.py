@@ -57,6 +57,12 @@ def test_bodies_are_framed_anew(fields: list[Header], ended: bool, kind: BodyKin
     assert (head.body, head.length) == (kind, length)
 
 
+def test_crumbs_of_cookies_are_one_header() -> None:
+    """A browser may send each of 150 cookies by itself (RFC 9113 8.2.3): they are one again, with 99 other headers."""
+    head = request_head(_with(*[(b"cookie", b"a=b")] * 150, *[(b"a", b"b")] * 97), True)
+    assert (b"cookie", b"; ".join([b"a=b"] * 150)) in head.headers
+
+
 def test_host_may_stand_for_authority() -> None:
     """Without :authority Host names the site; with both they say the same (RFC 9113 8.3.1)."""
     assert request_head(_with((b"host", b"b.test"), authority=None), True).host == b"b.test"
@@ -119,6 +125,10 @@ REFUSED: dict[str, tuple[list[Header], Reason]] = {
     "connect_ip": (_with(method=b"CONNECT", protocol=b"connect-ip"), Reason.HTTP_METHOD),
     "trace": (_with(method=b"TRACE"), Reason.HTTP_METHOD),
     "expectation": (_with((b"expect", b"tea")), Reason.HTTP_EXPECTATION),
+    "too_many_beside_cookies": (
+        _with(*[(b"cookie", b"a=b")] * 50, *[(b"a", b"b")] * 100),
+        Reason.HTTP_TOO_MANY_HEADERS,
+    ),
     "too_many": (_with(*[(b"a", b"b")] * 101), Reason.HTTP_TOO_MANY_HEADERS),
 }
 

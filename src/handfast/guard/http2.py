@@ -229,9 +229,11 @@ class Http2Session:
                 elif (stream := self.hungry.pop(event.stream_id, None)) is not None:
                     stream.pump()
             case StreamReset():
-                if not event.remote_reset:  # made to reset it ourselves, at no less a cost (CVE-2025-8671)
-                    self.frames.spend_reset()
-                if (stream := self._streams.get(event.stream_id)) is not None:
+                stream = self._streams.get(event.stream_id)
+                # Made to reset it ourselves, at no less a cost (CVE-2025-8671), it counts in any case.
+                theirs = event.remote_reset and stream is not None
+                self.frames.spend_reset(monotonic() - stream.timing.began if theirs else 0.0)
+                if stream is not None:
                     stream.gone()
             case TrailersReceived():
                 self._on_trailers(event)

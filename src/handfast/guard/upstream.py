@@ -77,6 +77,7 @@ class Backend:
 
     target: Target
     connections: int = 0
+    dialling: int = 0  # connections that are not open yet
     healthy: bool = True  # by the health checks; without any it stays so
     refusals: int = 0  # connections in a row that it did not take
     rest_until: float = 0.0  # on the clock of `monotonic`
@@ -137,7 +138,7 @@ class Upstreams:
         self._turn += 1
         start = self._turn % len(usable)
         turned = usable[start:] + usable[:start]
-        return turned[0] if self.round_robin else min(turned, key=lambda backend: backend.connections)
+        return turned[0] if self.round_robin else min(turned, key=lambda one: one.connections + one.dialling)
 
     def dial(self, owner: Owner, preface: bytes = b"") -> asyncio.Task[None]:
         """Open a connection for `owner`, which hears how it went. Cancel the task to give up.
@@ -159,7 +160,11 @@ class Upstreams:
         opened = Failure(Reason.UPSTREAM_DOWN, {"target": self.name, "detail": "it has no backend"})
         while len(tried) <= self.retries and (backend := self.choose(monotonic(), tried)) is not None:
             tried.append(backend)
-            opened = await _open(backend, owner, self, preface)
+            backend.dialling += 1
+            try:
+                opened = await _open(backend, owner, self, preface)
+            finally:
+                backend.dialling -= 1
             if not isinstance(opened, Failure):
                 backend.took()
                 break

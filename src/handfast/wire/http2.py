@@ -174,7 +174,7 @@ def _checked(fields: Sequence[Header]) -> Sequence[Header]:
     `grpc-message`; HTTP/1.1 takes it away (RFC 9110 5.5), and so do we.
     """
     trimmed = False
-    if len(fields) > MAX_HEADERS:
+    if len(fields) > MAX_HEADERS and sum(name != b"cookie" for name, _ in fields) >= MAX_HEADERS:  # crumbs are one
         raise RemoteProtocolError(
             Reason.HTTP_TOO_MANY_HEADERS, limit=MAX_HEADERS, detail=f"more than {MAX_HEADERS} headers"
         )
