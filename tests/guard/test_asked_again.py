@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import socket
+import ssl
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from handfast.guard.connection import Limits
 from handfast.guard.places import Target, parse_target
-from handfast.guard.upstream import Backend, Handshake, Upstreams
+from handfast.guard.upstream import Backend, Handshake, Owner, Upstream, Upstreams
 from tests.support.apps import App, client_context, talk
 from tests.support.certs import Ca
 from tests.support.guards import Running
 from tests.support.http2 import Client
+from tests.support.waiting import PATIENCE
 
 Send = Callable[[Running, str], int]
 
@@ -63,6 +70,67 @@ def test_a_safe_request_is_asked_so_often_and_no_more(ca: Ca, send: Send, retrie
         assert send(guard, "GET") == 502
         assert bad.received.count(b"GET /") == 1 + retries
         assert guard.events.next("request")["reason"] == "upstream.down"
+
+
+class _Anybody:
+    """An owner that wants nothing but connections."""
+
+    def __init__(self, opened: list[Upstream]) -> None:
+        self.upstream_open = opened.append
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+def test_backends_that_are_being_dialled_count_as_busy() -> None:
+    """Five connections asked for at once even out what three apps have, though none of them is open yet."""
+
+    async def dial(group: Upstreams) -> None:
+        opened: list[Upstream] = []
+        group.backends[0].connections = 1
+        await asyncio.gather(*(group.dial(cast(Owner, _Anybody(opened))) for _ in range(5)))
+        assert [backend.connections for backend in group.backends] == [2, 2, 2]
+        for upstream in opened:
+            upstream.drop()
+
+    with App() as one, App() as two, App() as three:
+        asyncio.run(dial(Upstreams("app", tuple(Backend(parse_target(app.address)) for app in (one, two, three)))))
+
+
+def _reads_nothing(connection: socket.socket, _request: bytes) -> None:
+    connection.recv(1, socket.MSG_PEEK)
+    threading.Event().wait(PATIENCE)
+
+
+def test_an_app_that_does_not_read_is_to_blame(ca: Ca, tmp_path: Path) -> None:
+    """An upload that an app does not take is no client's fault: 504 after the time for its answer, and its name."""
+    bundle, leaf = ca.save(tmp_path, "ca"), ca.client()
+    request = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (64 << 20)
+    with App(_reads_nothing) as app, Running(ca, app.address, limits=Limits(response=1)) as guard:
+        context = client_context(bundle, leaf, tmp_path)
+        host, _, port = guard.address.rpartition(":")
+        with (
+            socket.create_connection((host, int(port)), PATIENCE) as plain,
+            context.wrap_socket(plain, server_hostname="localhost") as tls,
+        ):
+            writer = threading.Thread(target=_write, args=(tls, request + bytes(64 << 20)))
+            writer.start()
+            assert tls.recv(1 << 16).startswith(b"HTTP/1.1 504 ")
+            tls.shutdown(socket.SHUT_RDWR)
+            writer.join(PATIENCE)
+        assert guard.events.next("request")["reason"] == "upstream.timeout"
+        with Client(guard.address, context) as client:
+            stream = client.send(client.head("/", method="POST"), None)
+            writer = threading.Thread(target=client.body, args=(stream, bytes(64 << 20)))
+            writer.start()
+            writer.join(PATIENCE)
+            assert client.answers[stream].status == 504
+        assert guard.events.next("request")["reason"] == "upstream.timeout"
+
+
+def _write(tls: ssl.SSLSocket, data: bytes) -> None:
+    with contextlib.suppress(OSError):
+        tls.sendall(data)
 
 
 def test_a_bug_on_the_way_to_the_app_ends_the_request(ca: Ca, send: Send) -> None:

@@ -173,7 +173,9 @@ class EventLog:
             self._written += done
 
     def _write(self, data: bytes) -> int:
-        if (size := self._stream.write(data)) is None:  # no room now, and it is not to be waited for (open(2), O_NONBLOCK)
+        if (
+            size := self._stream.write(data)
+        ) is None:  # no room now, and it is not to be waited for (open(2), O_NONBLOCK)
             raise BlockingIOError
         return size
 

@@ -187,7 +187,7 @@ class HttpSession:
             self._log(exchange, Failure(Reason.ENDED_IDLE, {"limit": f"{limits.tunnel_idle:g}"}))
             self._exchange = None
             self._connection.abort()
-        elif exchange.response is None and exchange.body.done:
+        elif exchange.response is None and (exchange.body.done or self._full):  # the app answers not, or reads not
             upstreams = exchange.admission.route.upstreams
             limit = upstreams.response or limits.response
             self._fail(Failure(Reason.UPSTREAM_TIMEOUT, {"target": str(upstreams), "limit": f"{limit:g}"}))

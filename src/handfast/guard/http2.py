@@ -75,7 +75,18 @@ class Http2Session:
 
     __slots__ = (
         *("_apps", "_channel", "_closed", "_count", "_dirty", "_door", "_finishing", "_head_begun", "_held", "_kept"),
-        *("_known", "_latest", "_pumping", "_rested", "_streams", "blocked", "connection", "frames", "hungry", "machine"),
+        *(
+            "_known",
+            "_latest",
+            "_pumping",
+            "_rested",
+            "_streams",
+            "blocked",
+            "connection",
+            "frames",
+            "hungry",
+            "machine",
+        ),
     )
 
     def __init__(self, connection: Connection, door: Door, channel: Channel) -> None:

@@ -255,7 +255,7 @@ class Stream:
         if self.status:
             seconds = limits.tunnel_idle if self._lasting and not self._out.size else limits.idle
             self.cut(Failure(Reason.ENDED_IDLE, {"limit": f"{seconds:g}"}), ErrorCodes.CANCEL)
-        elif self.asked and self.admission is not None:
+        elif (self.asked or self._held) and self.admission is not None:  # the app answers not, or reads not
             upstreams = self.admission.route.upstreams
             limit = upstreams.response or limits.response
             self.fail(Failure(Reason.UPSTREAM_TIMEOUT, {"target": str(upstreams), "limit": f"{limit:g}"}))

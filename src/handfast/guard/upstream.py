@@ -491,7 +491,9 @@ async def _open(
     except (OSError, UnicodeError) as error:
         failure = _down(target, no_way(error))
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            failure = _Shortage(failure.reason, failure.facts | {"remedy": f"the guard itself is short of them: {MORE_FILES}"})
+            failure = _Shortage(
+                failure.reason, failure.facts | {"remedy": f"the guard itself is short of them: {MORE_FILES}"}
+            )
     except asyncio.CancelledError:
         _discard(made)
         raise
