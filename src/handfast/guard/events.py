@@ -153,9 +153,11 @@ class EventLog:
             os.close(own)  # ends the lock too
 
     def _write_all(self) -> None:
-        rest, batch = b"", b""
-        while batch is not None:
+        rest = b""
+        ended = False
+        while not ended:
             batch = self._batches.get()
+            ended = batch is None
             rest = rest + batch if batch else rest
             done = 0
             try:

@@ -240,12 +240,12 @@ class Http2Session:
                 elif (stream := self.hungry.pop(event.stream_id, None)) is not None:
                     stream.pump()
             case StreamReset():
-                stream = self._streams.get(event.stream_id)
                 # Made to reset it ourselves, at no less a cost (CVE-2025-8671), it counts in any case.
-                theirs = event.remote_reset and stream is not None
-                self.frames.spend_reset(monotonic() - stream.timing.began if theirs else 0.0)
-                if stream is not None:
+                lived = 0.0
+                if (stream := self._streams.get(event.stream_id)) is not None:
+                    lived = monotonic() - stream.timing.began if event.remote_reset else 0.0
                     stream.gone()
+                self.frames.spend_reset(lived)
             case TrailersReceived():
                 self._on_trailers(event)
             case RemoteSettingsChanged():
