@@ -93,7 +93,7 @@ def test_an_alert_about_us_is_explained(
     [
         ("protocol_version", "it speaks no TLS 1.3", "--tls-min 1.2"),
         ("unrecognized_name", "it has no site by the name", "--sni NAME"),
-        ("no_application_protocol", "ALPN", "without ALPN"),
+        ("no_application_protocol", "ALPN", "--alpn h2"),
         ("internal_error", "it failed in itself", "log"),
         ("illegal_parameter", "a field of the handshake is out of range", "rewrites the handshake"),
         ("alert 200", "the alert alert 200", "log"),

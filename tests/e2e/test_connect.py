@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -22,6 +23,7 @@ from handfast.pki.certificates import parse_certificates
 from tests.connector.kit import everything
 from tests.support.apps import App
 from tests.support.certs import Ca, Leaf
+from tests.support.guards import Running
 from tests.support.programs import HANDFAST, Child, Served, free_port, handfast, made, nginx, refused, run, s_server
 from tests.support.waiting import until
 
@@ -188,6 +190,21 @@ def test_nginx_takes_us_and_says_what_it_does_not_like(files: Ca, tmp_path: Path
         place(Ca.root("Other").client(), tmp_path, "web")
         with connecting("--to", f"localhost:{port}", *FILES, folder=tmp_path) as connect:
             assert b"400 The SSL certificate error" in spoken(connect.port, GET)
+
+
+def test_http_2_goes_through_where_it_is_offered(files: Ca, tmp_path: Path) -> None:
+    """With --alpn h2 a caller may speak HTTP/2 (as gRPC does) to the local port; without it the server takes it not."""
+    with App() as app, Running(files, app.address) as guard:
+        for alpn, said in ((("--alpn", "h2"), "200 2"), ((), "000")):
+            arguments = ("--to", f"localhost:{guard.address.rpartition(':')[2]}", *FILES, *alpn)
+            with connecting(*arguments, folder=tmp_path) as connect:
+                ask = ["curl", "-sS", "--max-time", "30", "-o", "/dev/null", "-w", "%{http_code} %{http_version}"]
+                ask += ["--connect-to", f"localhost:80:127.0.0.1:{connect.port}", "http://localhost/"]
+                told = subprocess.run([*ask, "--http2-prior-knowledge"], capture_output=True, text=True, check=False)
+                assert told.stdout.startswith(said), told
+    done = handfast("connect", "--to", "localhost:1", *FILES, "--alpn", "h2,,x", folder=tmp_path)
+    assert done.returncode == 2
+    assert "h2,http/1.1" in done.stderr
 
 
 def test_an_old_server_is_called_only_if_that_is_allowed(files: Ca, tmp_path: Path) -> None:

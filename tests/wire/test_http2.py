@@ -57,6 +57,12 @@ def test_bodies_are_framed_anew(fields: list[Header], ended: bool, kind: BodyKin
     assert (head.body, head.length) == (kind, length)
 
 
+def test_a_caller_behind_a_proxy_of_its_own_says_http() -> None:
+    """A caller without TLS (gRPC, to our connector) says http: it is read, and the app hears https all the same."""
+    fields = _with(scheme=b"http")
+    assert request_fields(fields, request_head(fields, True), (), claims_identity) == PSEUDO
+
+
 def test_crumbs_of_cookies_are_one_header() -> None:
     """A browser may send each of 150 cookies by itself (RFC 9113 8.2.3): they are one again, with 99 other headers."""
     head = request_head(_with(*[(b"cookie", b"a=b")] * 150, *[(b"a", b"b")] * 97), True)
@@ -106,7 +112,7 @@ REFUSED: dict[str, tuple[list[Header], Reason]] = {
     "late": ([PSEUDO[0], (b"a", b"b"), *PSEUDO[1:]], HEADER),
     "unknown": (_with(status=b"200"), HEADER),
     "protocol": (_with(protocol=b"websocket"), HEADER),
-    "http": (_with(scheme=b"http"), HEADER),
+    "ftp": (_with(scheme=b"ftp"), HEADER),
     "no_scheme": (_with(scheme=None), HEADER),
     "no_method": (_with(method=None), Reason.HTTP_REQUEST_LINE),
     "no_path": (_with(path=None), Reason.HTTP_TARGET),

@@ -64,6 +64,7 @@ _URLS = ("https://", "http://")
 _CURL_TAKES_URLS = frozenset({"-e", "--referer", "-x", "--proxy", "--preproxy", "--doh-url", "-H", "--header", "-d"})
 # With these curl does not go where the URL says, or not with our files; a trial of ours would tell nothing.
 _CURL_ELSEWHERE = ("--proxy", "-x", "--socks", "--preproxy", "--unix-socket", "-E")
+_PROTOCOL = re.compile(r"[!-+\--~]{1,255}")
 _CONNECT_TO = re.compile(r"([^:\[]*|\[[^]]*\]):(\d*):([^:\[]*|\[[^]]*\]):(\d*)")
 
 
@@ -104,6 +105,7 @@ def identity_options(function: F) -> F:
     epilog=example(
         "handfast connect --to api.internal:8443 --listen 127.0.0.1:9000 --as web",
         "handfast connect --to 10.0.0.7:8443 --listen unix:/run/api.sock --as web --expect api",
+        "handfast connect --to grpc.internal:8443 --as web --alpn h2",
     ),
     short_help="Call a server: a plain local port that speaks mutual TLS.",
 )
@@ -113,6 +115,7 @@ def identity_options(function: F) -> F:
 @click.option("--expect", metavar="PATTERN", help="The identity that the server must have, instead of its host name.")
 @click.option("--sni", metavar="NAME", help="The host name to ask the server for, and to hold it to.")
 @click.option("--tls-min", type=click.Choice(["1.2", "1.3"]), default="1.3", show_default=True, help="The oldest TLS.")
+@click.option("--alpn", metavar="P,…", help="Application protocols to offer, as h2 for gRPC.  [default: none]")
 @click.option("--unix-uid", "uids", type=int, multiple=True, metavar="UID", help="A user who may call over unix:PATH.")
 @click.option("--unsafe-listen", is_flag=True, help="Listen where other machines reach it, and call as us.")
 @click.option("--pool", type=click.IntRange(0, 1000), default=1, show_default=True, help="Handshakes to keep ready.")
@@ -129,6 +132,7 @@ def connect_(
     expect: str | None,
     sni: str | None,
     tls_min: str,
+    alpn: str | None,
     uids: tuple[int, ...],
     unsafe_listen: bool,
     pool: int,
@@ -150,7 +154,7 @@ def connect_(
         raise click.UsageError("--unix-uid goes with --listen unix:PATH; a TCP port does not tell who calls")
     route = _route(to)
     secret = None if key_passphrase_file is None else first_line(key_passphrase_file)
-    material = _material(identity, _Server(route.host, sni, expect, tls_min == "1.2"), secret)
+    material = _material(identity, _Server(route.host, sni, expect, tls_min == "1.2", _protocols(alpn)), secret)
     renewal = _renewal(identity, material, passphrase_file)
     now = datetime.now(UTC)
     if renewal is not None:
@@ -218,6 +222,7 @@ class _Server:
     sni: str | None
     expect: str | None
     tls12: bool
+    alpn: tuple[bytes, ...] = ()
 
 
 @dataclass(slots=True)
@@ -359,13 +364,21 @@ def _route(to: str) -> Route:
     return Route(host, port)
 
 
+def _protocols(text: str | None) -> tuple[bytes, ...]:
+    """Names of application protocols (RFC 7301 3.1), with commas between them. Raises UsageError."""
+    names = [] if text is None else text.split(",")
+    if not all(_PROTOCOL.fullmatch(name) for name in names):
+        raise click.UsageError("--alpn takes names with commas between them, as h2,http/1.1")
+    return tuple(name.encode() for name in names)
+
+
 def _material(identity: Identity, server: _Server, secret: bytes | None) -> Material:
     """The files of an identity, and the server they are for. Raises HandfastError and UsageError."""
     cert, key, ca, renew = _paths(identity)
     pattern = None if server.expect is None else parse_pattern(server.expect, _trust_domain(cert))
     asked = server.sni or server.host
     sni = None if (host := server_name_of(asked)) is None else parse_dns(host).value
-    settings = ClientSettings(sni, pattern, server.tls12)
+    settings = ClientSettings(sni, pattern, server.tls12, server.alpn)
     return Material(cert, key, ca, settings, renew, None if pattern else _server_name(asked), identity.name, secret)
 
 

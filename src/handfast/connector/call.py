@@ -6,7 +6,6 @@ No byte of a local client is sent before the server has proved who it is.
 from __future__ import annotations
 
 import asyncio
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +15,7 @@ from typing import Protocol, cast
 from handfast.connector.words import Own, Verdict, broken, silent, unreachable, untrusted
 from handfast.errors import Failure, Reason, VerificationFailed
 from handfast.guard.places import join_address, no_way
-from handfast.guard.transports import reset, tell
+from handfast.guard.transports import reset, tell, unread
 from handfast.pki.verification import VerifiedPeer
 from handfast.tls.channel import Channel, TlsBroken
 from handfast.tls.client import ClientContext, ServerFacts
@@ -120,7 +119,7 @@ class Call(asyncio.Protocol):
         owner, self.owner = self.owner, None
         if owner is None:
             return
-        if exc is not None and self._channel is not None and (rest := _left_in(self.transport)):
+        if exc is not None and self._channel is not None and (rest := unread(self.transport)):
             self._channel.feed(rest)
         tell(owner.call_bug, owner.call_ended, lost=True)
 
@@ -335,16 +334,3 @@ async def try_out(route: Route, generation: Generation) -> Tried:
         return Tried(call.peer, call.facts, answered)
     finally:
         call.close()
-
-
-def _left_in(transport: asyncio.Transport) -> bytes:
-    """What the kernel still holds of a connection that is lost.
-
-    A server that refuses sends its alert and closes with bytes of ours unread, which makes a reset. If we write just
-    then, the write fails and the transport gives up before it has read the alert that says why.
-    """
-    plug = transport.get_extra_info("socket")
-    try:
-        return os.read(plug.fileno(), 1 << 16) if plug is not None else b""
-    except OSError:
-        return b""

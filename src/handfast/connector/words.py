@@ -152,9 +152,9 @@ _OF_CALLS = {
         "ask for one that it has: --sni NAME",
     ),
     Alert.NO_APPLICATION_PROTOCOL: (
-        "it wants an application protocol (ALPN) to be named, and the connector names none",
-        Who.SERVER,
-        "let the server take connections without ALPN",
+        "it takes none of the application protocols (ALPN) that we offer",
+        Who.CALLER,
+        "offer one that it takes, as --alpn h2 for gRPC, or --alpn postgresql",
     ),
     Alert.INTERNAL_ERROR: ("it failed in itself (internal_error)", Who.SERVER, _ITS_LOG),
 }

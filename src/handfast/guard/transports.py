@@ -38,7 +38,8 @@ def was_reset(transport: asyncio.Transport) -> bool:
 def unread(transport: asyncio.Transport) -> bytes:
     """What came on a connection before a write failed. To be asked in `connection_lost`, while its socket is open.
 
-    The transports end there, but an app that refuses an upload says why before it closes, and the kernel has it.
+    The transports end there. But a server that refuses an upload, or our certificate, says why before it closes with
+    bytes of ours unread, and the kernel has it.
     """
     plug = transport.get_extra_info("socket")
     try:

@@ -70,8 +70,8 @@ def request_head(fields: Sequence[Header], ended: bool) -> RequestHead:
         method = b"GET"
     elif protocol is not None:
         _refuse("a :protocol without CONNECT")
-    if pseudo.get(b":scheme") != b"https":
-        _refuse("a :scheme that is not https")
+    if pseudo.get(b":scheme") not in (b"https", b"http"):  # http: of a caller behind a TLS proxy of its own, as ours
+        _refuse("a :scheme that is neither https nor http")
     if not _VISIBLE.fullmatch(path):
         raise RemoteProtocolError(Reason.HTTP_TARGET)
     lines = [b"%b %b HTTP/1.1" % (method, path), b"host: " + _authority(pseudo, rest)]
