@@ -538,7 +538,7 @@ def test_idle_connections_close_with_goaway(ca: Ca, enter: Enter) -> None:
 
 
 def test_a_drain_lets_streams_finish(ca: Ca, enter: Enter) -> None:
-    """Told to stop, the guard says GOAWAY, refuses new streams, and closes when the last answer is sent."""
+    """Told to stop, the guard says GOAWAY, answers what was on its way, then refuses; after the last answer it closes."""
     go = threading.Event()
 
     def slow(connection: socket.socket, _request: bytes) -> None:
@@ -549,13 +549,29 @@ def test_a_drain_lets_streams_finish(ca: Ca, enter: Enter) -> None:
         stream = client.send(client.head())
         until(lambda: app.connections == 1, "the request at the app")
         guard.call(next(iter(guard.guard.connections)).drain)
+        on_its_way = client.send(client.head("/on-its-way"))
+        client.until(lambda: client.goaway is not None)
+        assert client.goaway == (ErrorCodes.NO_ERROR, 2**31 - 1)
+        client.until(lambda: client.goaway != (ErrorCodes.NO_ERROR, 2**31 - 1))
+        assert client.goaway == (ErrorCodes.NO_ERROR, on_its_way)
         late = client.send(client.head("/late"))
-        client.until(lambda: client.goaway is not None or client.closed)
-        assert client.goaway == (ErrorCodes.NO_ERROR, stream)
+        assert client.wait(late).reset == ErrorCodes.REFUSED_STREAM
         go.set()
         assert client.wait(stream).ended
-        assert client.answers[late].status == 0
+        assert client.wait(on_its_way).status == 200
         client.until(lambda: client.closed)
+        assert b"/late" not in app.received
+
+
+def test_a_drain_ends_a_connection_that_rests(ca: Ca, enter: Enter) -> None:
+    """One that asked lately may ask once more, and is closed after a second; and so is one that never asks again."""
+    with App() as app, Running(ca, app.address, drain=20) as guard, enter(guard) as client:
+        assert client.get("/first").status == 200
+        guard.call(next(iter(guard.guard.connections)).drain)
+        client.until(lambda: client.goaway is not None)
+        assert client.get("/on-its-way").status == 200
+        client.until(lambda: client.closed)
+        assert client.goaway == (ErrorCodes.NO_ERROR, 3)
 
 
 def test_a_bug_ends_its_connection_alone(ca: Ca, enter: Enter) -> None:

@@ -87,20 +87,9 @@ class HttpSession:
     """A connection that may carry requests: it cannot be made without a Door."""
 
     __slots__ = (
-        *("_blocked", "_buffer", "_channel", "_closed", "_connection", "_count", "_dialling", "_door"),
-        *(
-            "_exchange",
-            "_finishing",
-            "_full",
-            "_half",
-            "_head_begun",
-            "_reading",
-            "_refusals",
-            "_rested",
-            "_unread",
-            "_upstream",
-        ),
-        *("_done_at", "_upstreams"),
+        *("_blocked", "_buffer", "_channel", "_closed", "_connection", "_count", "_dialling", "_done_at", "_door"),
+        *("_exchange", "_finishing", "_full", "_half", "_head_begun", "_reading", "_refusals", "_rested", "_unread"),
+        *("_upstream", "_upstreams"),
     )
 
     def __init__(self, connection: Connection, door: Door, channel: Channel) -> None:

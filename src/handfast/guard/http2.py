@@ -35,7 +35,7 @@ from hpack import NeverIndexedHeaderTuple
 from handfast.errors import Failure, Reason, RemoteProtocolError
 from handfast.guard.door import Admission, Door, strip_override
 from handfast.guard.events import told
-from handfast.guard.http2_frames import MAX_STREAMS, Flood, goaway, machine
+from handfast.guard.http2_frames import MAX_STREAMS, MOST_STREAMS, Flood, goaway, machine
 from handfast.guard.http2_lines import Line
 from handfast.guard.http2_streams import Stream, answer_head
 from handfast.guard.http2_upstream import AppConnection
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 MANY_HELD, MOST_HELD = 1 << 20, 1 << 23
 _TURN = 1 << 19  # bytes of answers after which a client's other streams wait for the next turn of the event loop
 _KEPT = 16  # connections to HTTP/1.1 apps that wait for the next request
+_ON_ITS_WAY = 1.0  # seconds in which a request may come that was sent before its client heard that we leave
 _REST = 10.0  # seconds without a request after which the connections to apps are given back
 _MOST_KNOWN, _LONGEST_KNOWN = 16, 2048  # requests that are remembered, and bytes of their header lists
 _SECRET = frozenset({b"authorization", b"cookie", b"proxy-authorization"})  # RFC 7541 7.1.3: never in a table
@@ -75,18 +76,8 @@ class Http2Session:
 
     __slots__ = (
         *("_apps", "_channel", "_closed", "_count", "_dirty", "_door", "_finishing", "_head_begun", "_held", "_kept"),
-        *(
-            "_known",
-            "_latest",
-            "_pumping",
-            "_rested",
-            "_streams",
-            "blocked",
-            "connection",
-            "frames",
-            "hungry",
-            "machine",
-        ),
+        *("_known", "_latest", "_leaving", "_pumping", "_rested", "_streams"),
+        *("blocked", "connection", "frames", "hungry", "machine"),
     )
 
     def __init__(self, connection: Connection, door: Door, channel: Channel) -> None:
@@ -103,6 +94,7 @@ class Http2Session:
         self._known: dict[tuple[object, ...], _Known] = {}
         self._latest: tuple[tuple[Header, ...], bool, _Known] | None = None
         self._pumping = False  # a turn of `_pump` is to come
+        self._leaving = False  # the client was told to ask elsewhere
         self._finishing = False  # no new requests
         self._closed = False  # all is said
         self._held = 0  # bytes of answers that wait for the client
@@ -166,18 +158,34 @@ class Http2Session:
         self.flush()
 
     def finish(self) -> None:
-        """Answer what is under way, then close. The client may ask the rest elsewhere (RFC 9113 6.8)."""
-        if self._finishing or self._closed:
+        """Answer what is under way, then close. The client may ask the rest elsewhere.
+
+        It is told so twice: what it asked before it heard of it the first time is answered too (RFC 9113 6.8).
+        """
+        if self._leaving or self._finishing or self._closed:
             return
         if not self._count:  # it came in and has not asked yet: it may
             self.connection.hurry()
+        elif not self._streams and self._rested:
+            self._close()
+        else:
+            self._leaving = True
+            self._say_goaway(MOST_STREAMS)
+            asyncio.get_running_loop().call_later(_ON_ITS_WAY, self._finish_now)
+
+    def _finish_now(self) -> None:
+        """Take no more requests."""
+        if self._closed or self.connection.transport.is_closing():
             return
         self._finishing = True
-        if not self._streams:
+        if self._streams:
+            self._say_goaway(self.machine.highest_inbound_stream_id)
+        else:
             self._close()
-            return
+
+    def _say_goaway(self, last_stream: int) -> None:
         self.flush()
-        self._channel.write(goaway(self.machine.highest_inbound_stream_id))
+        self._channel.write(goaway(last_stream))
         self._send()
 
     def still_allowed(self) -> bool:
@@ -433,9 +441,12 @@ class Http2Session:
         self._streams.pop(stream.id, None)
         if self._streams or self._closed:
             return
-        if self._finishing or self.connection.guard.draining:
+        if self._finishing:
             self._close()
-        else:
+            return
+        if self.connection.guard.draining:
+            self.finish()
+        if not self._closed:
             self.connection.set_deadline(min(_REST, self.connection.limits.idle))
 
     def flush(self) -> None:

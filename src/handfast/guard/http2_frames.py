@@ -23,6 +23,7 @@ from handfast.wire.http2 import MAX_LIST
 from handfast.wire.packing import Packer, Unpacker
 
 MAX_STREAMS = 100  # requests at a time (RFC 9113 6.5.2 names no less)
+MOST_STREAMS = 2**31 - 1  # there are, on one connection (RFC 9113 5.1.1)
 STREAM_WINDOW = 1 << 16  # bytes of a body that wait for the other side, of each stream: all streams may have so many
 CONNECTION_WINDOW = 1 << 23  # and of all streams together
 _LARGEST = 1 << 16  # bytes of a DATA frame of ours, where the peer takes so many: others want their turn
