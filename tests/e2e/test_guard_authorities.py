@@ -67,12 +67,15 @@ def test_a_rule_asks_who_vouches(files: Two, app: App) -> None:
             got = client.ask(guard.port, "/public/x")
             assert (got.status, guard.next("connection")["authority"]) == (200, name)
             assert got.lines["client-authority"] == f'"{name}"'
+            request = guard.next("request")
+            assert (request["peer"], request["by"]) == ("spiffe://test/admin", name)
             claims = jwt.decode(got.lines["handfast-assertion"], options={"verify_signature": False})
             said[name] = claims["authority"], claims["sub"]
         assert said == {"staff": ("staff", "spiffe://test/admin"), "partners": ("partners", "spiffe://test/admin")}
         assert files.ours.ask(guard.port).status == 200
         assert files.theirs.ask(guard.port).error == (403, "policy.no_rule")
         refused = guard.next("request", decision="deny")
+        assert refused["by"] == "partners"
         assert '"spiffe://test/admin by partners GET /"' in refused["remedy"]
 
 
@@ -105,6 +108,7 @@ def test_what_names_mean_changes_on_open_connections(files: Two, app: App) -> No
         guard.next("reload", outcome="taken")
         assert line.ask("/staff").error == (403, "policy.no_rule")
         assert line.ask("/any").lines["client-authority"] == '"partners"'
+        assert guard.next("request", status=200, by="partners")["path"] == "/any"
 
 
 def test_an_authority_may_have_two_roots(files: Two, app: App) -> None:

@@ -107,23 +107,8 @@ class Connection(asyncio.Protocol):
     """The transport's side: owns the socket, the deadline and the id; the state does the rest."""
 
     __slots__ = (
-        *(
-            "_entered",
-            "_full",
-            "_prefix",
-            "_session",
-            "_state",
-            "address",
-            "cut",
-            "deadline",
-            "facts",
-            "gate",
-            "guard",
-            "host",
-            "id",
-            "limits",
-        ),
-        *("listener", "opened", "peer", "site", "transport", "who"),
+        *("_entered", "_full", "_prefix", "_session", "_state", "address", "by", "cut", "deadline", "facts", "gate"),
+        *("guard", "host", "id", "limits", "listener", "opened", "peer", "site", "transport", "who"),
     )
 
     transport: asyncio.Transport
@@ -137,6 +122,7 @@ class Connection(asyncio.Protocol):
         self.id = secrets.token_hex(6)
         self.peer: VerifiedPeer | None = None
         self.who: str | None = None  # the peer's identity, as logs say it
+        self.by: str | None = None  # its authority, where authorities have names: then it is half of who it is
         self.facts: Facts | None = None
         self.cut: Failure | None = None  # why we closed it, in the midst of something
         self.deadline = 0.0
@@ -222,6 +208,11 @@ class Connection(asyncio.Protocol):
             if self.peer is not None and self.site.ocsp is not None:
                 look_again(self, now)
 
+    def belong_to(self, site: Site) -> None:
+        """Be judged by this site from now on, and named as it names its clients' authorities."""
+        self.site, self._prefix = site, b""
+        self.by = (self.peer and site.asked_for(self.peer)) or None
+
     def recheck(self, now: datetime) -> None:
         """Act on a new snapshot: a peer that it does not trust, or cannot judge, is cut off."""
         if self._session is None or self.facts is None:
@@ -231,7 +222,7 @@ class Connection(asyncio.Protocol):
             site = None if sites is None else sites.pick(self.facts.server_name)
             failure = Failure(Reason.ENDED_POLICY) if site is None else site.objection(self.peer, now)
             if failure is None and site is not None:
-                self.site = site
+                self.belong_to(site)
                 failure = None if self._session.still_allowed() else Failure(Reason.ENDED_POLICY)
         except Exception as bug:
             self.bug(bug)
@@ -343,7 +334,7 @@ class Connection(asyncio.Protocol):
             return
         if not self._prefix:
             common: dict[str, str | None] = {"event": "request", "id": self.id, "listener": self.listener.name}
-            common |= {"address": self.address, "peer": self.who}
+            common |= {"address": self.address, "peer": self.who} | ({} if self.by is None else {"by": self.by})
             self._prefix = encode(common)[1:-1] + b',"request":"%b-' % self.id.encode()
         took, app = int(took * 10_000), int((timing.first_byte - began) * 10_000)  # tenths of a millisecond
         guard.log.emit_line(
@@ -417,8 +408,8 @@ class Connection(asyncio.Protocol):
 
     def event(self, event: str, fields: dict[str, Any]) -> None:
         """Log an event of this connection."""
-        made = {"id": self.id, "listener": self.listener.name, "address": self.address, "peer": self.who}
-        made |= fields
+        made = {"id": self.id, "listener": self.listener.name, "address": self.address}
+        made |= {"peer": self.who, "by": self.by} | fields
         self.guard.log.emit(event, self.guard.now, made)
 
     def _come_from(self, host: str, port: int) -> None:

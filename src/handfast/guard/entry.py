@@ -329,8 +329,9 @@ def _admit(connection: Connection, accepted: Accepted, verdict: Verdict | None =
         if verdict.failure is not None:
             _refuse_accepted(connection, accepted, verdict.failure)
             return
-    connection.site, connection.facts = site, facts
     connection.peer, connection.who = peer, None if peer is None else str(peer.identity)
+    connection.facts = facts
+    connection.belong_to(site)
     if (failure := connection.admit_identity()) is not None:
         connection.limited(failure)
         return
