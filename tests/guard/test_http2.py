@@ -538,7 +538,7 @@ def test_idle_connections_close_with_goaway(ca: Ca, enter: Enter) -> None:
 
 
 def test_a_drain_lets_streams_finish(ca: Ca, enter: Enter) -> None:
-    """Told to stop, the guard says GOAWAY, answers what was on its way, refuses more, and closes after the last answer."""
+    """Told to stop, the guard says GOAWAY, answers what was on its way, refuses more, and closes when all is said."""
     go = threading.Event()
 
     def slow(connection: socket.socket, _request: bytes) -> None:
