@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import resource
 import socket
 import ssl
 import threading
@@ -13,6 +15,7 @@ from typing import cast
 
 import pytest
 
+from handfast.errors import Failure, Reason
 from handfast.guard.connection import Limits
 from handfast.guard.places import Target, parse_target
 from handfast.guard.upstream import Backend, Handshake, Owner, Upstream, Upstreams
@@ -75,8 +78,9 @@ def test_a_safe_request_is_asked_so_often_and_no_more(ca: Ca, send: Send, retrie
 class _Anybody:
     """An owner that wants nothing but connections."""
 
-    def __init__(self, opened: list[Upstream]) -> None:
+    def __init__(self, opened: list[Upstream], failed: list[Failure] | None = None) -> None:
         self.upstream_open = opened.append
+        self.upstream_failed = [].append if failed is None else failed.append
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_: None
@@ -95,6 +99,28 @@ def test_backends_that_are_being_dialled_count_as_busy() -> None:
 
     with App() as one, App() as two, App() as three:
         asyncio.run(dial(Upstreams("app", tuple(Backend(parse_target(app.address)) for app in (one, two, three)))))
+
+
+def test_want_of_descriptors_is_our_own_fault() -> None:
+    """A connection for which no open file is left says so, with what to raise; its backend is not blamed."""
+
+    async def dial(group: Upstreams) -> list[Failure]:
+        failed: list[Failure] = []
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        os.close(lowest := os.dup(0))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+        try:
+            await group.dial(cast(Owner, _Anybody([], failed)))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        return failed
+
+    with App() as app:
+        group = Upstreams("app", (Backend(parse_target(app.address)),))
+        (failure,) = asyncio.run(dial(group))
+        assert failure.reason is Reason.UPSTREAM_DOWN
+        assert "LimitNOFILE" in failure.hint
+        assert (group.backends[0].refusals, app.connections) == (0, 0)
 
 
 def _reads_nothing(connection: socket.socket, _request: bytes) -> None:
