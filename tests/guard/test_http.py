@@ -390,6 +390,60 @@ def test_a_refusal_waits_for_who_still_sends(ca: Ca, tmp_path: Path, monkeypatch
         until(lambda: not guard.guard.connections, "the end")
 
 
+def test_who_was_not_let_in_may_not_stay(ca: Ca, tmp_path: Path) -> None:
+    """A stranger who is told so and goes on sending is cut off after a moment, and holds up no stop."""
+    with App() as app, Running(ca, app.address, drain=30) as guard:
+        host, _, port = guard.address.rpartition(":")
+        with socket.create_connection((host, int(port)), PATIENCE) as plain:
+            plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            began = time.monotonic()
+            with suppress(ConnectionError):
+                while time.monotonic() < began + PATIENCE:
+                    plain.sendall(b"x")
+                    time.sleep(0.2)
+        assert time.monotonic() - began < PATIENCE / 3
+
+
+def test_a_drain_waits_for_no_refused_upload(ca: Ca, tmp_path: Path) -> None:
+    """Whoever sends on after a refusal has but a moment once the guard is told to stop."""
+    with App() as app, Running(ca, app.address, parse_policy(["any /ok"]), drain=30) as guard:
+        tls = _open(guard, ca, tmp_path)
+        tls.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
+        assert _read(tls, b"}\n").startswith(b"HTTP/1.1 403 ")
+        (connection,) = guard.guard.connections
+        guard.call(connection.drain)
+        began = time.monotonic()
+        with suppress(ConnectionError, ssl.SSLError):
+            while time.monotonic() < began + PATIENCE:
+                tls.sendall(b"x")
+                time.sleep(0.2)
+        assert time.monotonic() - began < PATIENCE / 3
+        tls.close()
+
+
+def test_a_slow_reader_gets_the_whole_of_a_last_answer(ca: Ca, tmp_path: Path) -> None:
+    """An answer after which the connection closes arrives whole, though its client takes longer than a moment."""
+    body = bytes(200_000)  # as much as is read at once: the guard has all of it
+
+    def answer(connection: socket.socket, _request: bytes) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body)
+
+    with App(answer) as app, Running(ca, app.address) as guard, _open(guard, ca, tmp_path) as tls:
+        tls.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+        (connection,) = guard.guard.connections
+        plug = connection.transport.get_extra_info("socket")
+        guard.call(plug.setsockopt, socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
+        tls.sendall(get("/", close=True))
+        until(lambda: isinstance(connection._state, entry.Lingering), "the end of the answer at the guard")
+        began = time.monotonic()
+        until(lambda: time.monotonic() > began + 1.2 * entry.LINGER, "a client that is slow")
+        got = 0
+        with suppress(ssl.SSLZeroReturnError):
+            while piece := tls.recv(1 << 16):
+                got += len(piece)
+        assert got > len(body)
+
+
 def test_a_websocket_is_a_tunnel_after_101(ca: Ca, tmp_path: Path) -> None:
     """After the app agreed to a websocket, bytes go both ways; one that it declines ends the connection."""
 

@@ -18,7 +18,7 @@ from hpack import Decoder, Encoder, HeaderTuple, NeverIndexedHeaderTuple
 from hypothesis import given
 from hypothesis import strategies as st
 
-from handfast.guard.connection import Limits
+from handfast.guard.connection import Connection, Limits
 from handfast.guard.http2 import MANY_HELD, MOST_HELD, Http2Session
 from handfast.guard.http2_frames import machine
 from handfast.wire.packing import TABLE
@@ -26,6 +26,7 @@ from tests.support.apps import HELLO, App, client_context
 from tests.support.certs import Ca
 from tests.support.guards import Running
 from tests.support.http2 import Client
+from tests.support.waiting import PATIENCE, until
 
 HEADERS, PRIORITY, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 1, 2, 3, 4, 6, 8, 9
 END_STREAM, ACK, END_HEADERS = 1, 1, 4
@@ -336,6 +337,59 @@ def test_streams_that_rest_leave_room_for_others(ca: Ca, enter: Enter) -> None:
         client.h2.increment_flow_control_window(1 << 20, resting)
         client.flush()
         client.wait(resting, lambda answer: len(answer.body) == (1 << 16) + (1 << 20))
+
+
+def _narrow(guard: Running) -> Connection:
+    """Let the guard's one connection hand the system but little at a time, as over a long way."""
+    (connection,) = guard.guard.connections
+    plug = connection.transport.get_extra_info("socket")
+    guard.call(plug.setsockopt, socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 15)
+    return connection
+
+
+def test_the_end_of_an_answer_waits_for_the_way_to_the_client(ca: Ca, enter: Enter) -> None:
+    """A small answer whose end comes while a large one fills the way to the client ends all the same."""
+    end = threading.Event()
+
+    def answer(plain: socket.socket, request: bytes) -> None:
+        if b"/large" in request:
+            plain.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (8 << 20) + bytes(8 << 20))
+        else:
+            plain.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
+            end.wait(PATIENCE)
+            plain.sendall(b"0\r\n\r\n")
+
+    with (
+        App(answer) as app,
+        Running(ca, app.address) as guard,
+        enter(guard, greedy=False, initial_window_size=1 << 24) as client,
+    ):
+        client.h2.increment_flow_control_window(1 << 30)
+        session = _narrow(guard)._session
+        assert isinstance(session, Http2Session)
+        small = client.send(client.head("/small"))
+        client.wait(small, lambda answer: answer.body == b"hello")
+        large = client.send(client.head("/large"))
+        until(lambda: session.blocked, "a way that is full")
+        out = session._streams[small]._out
+        end.set()
+        until(lambda: out.last, "the end of the small answer")
+        assert len(client.wait(large).body) == 8 << 20
+        assert client.wait(small).ended
+
+
+def test_windows_that_open_all_at_once_cut_nobody_off(ca: Ca, enter: Enter) -> None:
+    """100 answers wait, and their client opens the window of each in one breath: it gets all of them."""
+    with App(_large) as app, Running(ca, app.address) as guard, enter(guard, initial_window_size=0) as client:
+        client.greedy = False
+        client.h2.increment_flow_control_window(1 << 30)
+        _narrow(guard)
+        streams = [client.send(client.head("/some")) for _ in range(100)]
+        _settled(lambda: _held(guard))
+        for stream in streams:
+            client.h2.increment_flow_control_window(1 << 20, stream)
+        client.flush()
+        assert [len(client.wait(stream).body) for stream in streams] == [200_000] * 100
 
 
 def test_a_refusal_waits_for_the_window_too(ca: Ca, enter: Enter) -> None:

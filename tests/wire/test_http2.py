@@ -135,6 +135,7 @@ REFUSED: dict[str, tuple[list[Header], Reason]] = {
         _with(*[(b"cookie", b"a=b")] * 50, *[(b"a", b"b")] * 100),
         Reason.HTTP_TOO_MANY_HEADERS,
     ),
+    "too_many_crumbs": (_with(*[(b"cookie", b"a=b")] * 281), Reason.HTTP_TOO_MANY_HEADERS),
     "too_many": (_with(*[(b"a", b"b")] * 101), Reason.HTTP_TOO_MANY_HEADERS),
 }
 

@@ -22,6 +22,7 @@ import msgspec
 
 from handfast import __version__
 from handfast.errors import Reason, RemoteProtocolError
+from handfast.guard.listening import serve_unix
 from handfast.guard.metrics import CONTENT_TYPE, SILENT, State, Totals, is_whole, merge, render
 from handfast.wire.http1 import RequestHead, find_head, parse_request_head, plain_response
 
@@ -105,7 +106,7 @@ class Admin:
         make = partial(_Client, self)
         if plug.family == socket.AF_UNIX:
             self._local = False  # no browser can be led to it
-            self._server = await loop.create_unix_server(make, sock=plug)
+            self._server = await serve_unix(make, plug)
         else:
             self._local = ipaddress.ip_address(plug.getsockname()[0]).is_loopback
             self._server = await loop.create_server(make, sock=plug)

@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from handfast.errors import Failure, Reason
 from handfast.guard.checking import look_again
-from handfast.guard.entry import Announced, Gone, Handshaking, Lingering
+from handfast.guard.entry import Announced, Gone, Handshaking, Lingering, Refusing
 from handfast.guard.events import Logged, encode, refusal_body, request_facts, told
 from handfast.guard.http import HttpSession
+from handfast.guard.http2_refusing import Http2Refusing
 from handfast.guard.limits import Gate
 from handfast.guard.places import join_address
 from handfast.guard.routes import Site
@@ -107,8 +108,8 @@ class Connection(asyncio.Protocol):
     """The transport's side: owns the socket, the deadline and the id; the state does the rest."""
 
     __slots__ = (
-        *("_entered", "_full", "_prefix", "_session", "_state", "address", "by", "cut", "deadline", "facts", "gate"),
-        *("guard", "host", "id", "limits", "listener", "opened", "peer", "site", "transport", "who"),
+        *("_entered", "_full", "_may_need_app", "_prefix", "_session", "_state", "address", "by", "cut", "deadline"),
+        *("facts", "gate", "guard", "host", "id", "limits", "listener", "opened", "peer", "site", "transport", "who"),
     )
 
     transport: asyncio.Transport
@@ -132,6 +133,7 @@ class Connection(asyncio.Protocol):
         self._session: Session | None = None
         self._entered: list[str | None] = []  # what the gate let in: the address, then the identity
         self._full = False  # the way to the client is
+        self._may_need_app = False
         self._prefix = b""  # what all log lines of requests have in common
 
     # What the event loop calls. An exception in here is a bug of ours, and refuses.
@@ -148,6 +150,8 @@ class Connection(asyncio.Protocol):
         if isinstance(name, tuple):
             self._come_from(_unmapped(name[0]), name[1])
         self.guard.connections.add(self)
+        self._may_need_app = True
+        self.guard.expected += 1
         plug = transport.get_extra_info("socket")
         self.guard.crowded(-1 if plug is None else plug.fileno())
         self.guard.metrics.connection_opened(self.listener.name)
@@ -178,6 +182,7 @@ class Connection(asyncio.Protocol):
         guard.metrics.connection_closed(self.listener.name)
         if self._entered and self.gate is not None:
             self.gate.leave(self.host, self.counted_as)
+        self._need_no_app()
         state, self._state, self._session = self._state, Gone(), None
         self._have(state.lost)
 
@@ -236,6 +241,8 @@ class Connection(asyncio.Protocol):
             self._have(self._session.finish)
         elif isinstance(self._state, Handshaking | Announced):
             self.hurry()
+        if isinstance(self._state, Lingering):
+            self._state.hurry()
 
     def hurry(self) -> None:
         """Leave the present state no more than a moment."""
@@ -369,6 +376,14 @@ class Connection(asyncio.Protocol):
     def become(self, state: State) -> None:
         """Go over to another state."""
         self._state = state
+        if isinstance(state, Refusing | Http2Refusing | Lingering):
+            self._need_no_app()
+
+    def _need_no_app(self) -> None:
+        """Give back the descriptor that was kept free for a connection to the app."""
+        if self._may_need_app:
+            self._may_need_app = False
+            self.guard.expected -= 1
 
     def send(self, records: bytes) -> None:
         """Send records to the client; one that takes nothing while it makes us write is cut off."""
@@ -399,6 +414,11 @@ class Connection(asyncio.Protocol):
         """What the gate counts the peer as."""
         return self._entered[1] if len(self._entered) > 1 else None
 
+    @property
+    def entered(self) -> bool:
+        """Whether it came to a session: its peer is known, or need not be."""
+        return self._session is not None
+
     def linger(self, channel: Channel | None = None) -> None:
         """Say no more (over a TLS channel that it is the end), and wait a moment for the peer to read what was said."""
         if channel is not None:
@@ -422,7 +442,11 @@ class Connection(asyncio.Protocol):
         address = ip_address(host.partition("%")[0])
         return any(address in network for network in self.listener.proxy_from)
 
-    def _have(self, happen: Callable[..., None], *what: bytes | float | datetime) -> None:
+    def later(self, seconds: float, happen: Callable[..., None], *what: object) -> None:
+        """Let something happen after so long, as `_have` does."""
+        asyncio.get_running_loop().call_later(seconds, self._have, happen, *what)
+
+    def _have(self, happen: Callable[..., None], *what: object) -> None:
         """Let something happen to the state. What goes wrong in it ends this connection, and no other."""
         try:
             happen(*what)

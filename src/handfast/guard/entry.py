@@ -253,17 +253,29 @@ class Refusing:
 
 
 class Lingering:
-    """All is said; what still comes is thrown away."""
+    """All is said; what still comes is thrown away, until the peer has read what was said, or takes too long.
 
-    __slots__ = ("_connection", "_left", "_until")
+    Who was let in may have long answers to read, and uploads under way; who was not is told its few words and leaves.
+    """
+
+    __slots__ = ("_connection", "_left", "_moved", "_unsent", "_until")
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._left = LINGER_BYTES
-        self._until = monotonic() + LONGEST_LINGER
+        self._moved = monotonic()  # when some of what waits for the peer was last seen to have gone
+        self._until = self._moved + (LONGEST_LINGER if connection.entered else LINGER)
+        self._unsent = connection.transport.get_write_buffer_size()  # bytes that wait, at the last look
         connection.set_deadline(LINGER)
+        if connection.guard.draining:
+            self.hurry()
         if not connection.transport.is_closing():
             connection.transport.write_eof()
+
+    def hurry(self) -> None:
+        """Throw away what comes for a moment only."""
+        self._until = min(self._until, monotonic() + LINGER)
+        self._connection.hurry()
 
     def received(self, data: bytes) -> None:
         """Throw it away, within bounds."""
@@ -284,8 +296,15 @@ class Lingering:
         """Nothing to tidy."""
 
     def expired(self) -> None:
-        """Long enough."""
-        self._connection.abort()
+        """Long enough, unless the peer is reading what waits for it."""
+        connection, moment = self._connection, monotonic()
+        waited, self._unsent = self._unsent, connection.transport.get_write_buffer_size()
+        if self._unsent < waited:
+            self._moved = moment
+        if waited and moment - self._moved < connection.limits.idle:
+            connection.set_deadline(LINGER)
+        else:
+            connection.abort()
 
 
 class Gone:

@@ -73,7 +73,9 @@ class EventLog:
         # Opened anew: a lock belongs to the opening, and what is inherited is one and the same (flock(2)).
         self._lock = None if lock is None else os.open(f"/proc/self/fd/{lock}", os.O_RDWR | os.O_CLOEXEC)
         stream.flush()
+        self._opened = stream  # its end would close what is written to
         self._stream = getattr(stream, "raw", stream)  # it must be known how much of a line went
+        self._at = -1  # where the last write ended, in a file
         self._pretty = pretty
         self._worker: dict[str, Any] = {} if worker is None else {"worker": worker}
         self._lines: list[bytes] = []
@@ -179,16 +181,23 @@ class EventLog:
             size := self._stream.write(data)
         ) is None:  # no room now, and it is not to be waited for (open(2), O_NONBLOCK)
             raise BlockingIOError
+        self._at = self._tell()
         return size
+
+    def _tell(self) -> int:
+        """Where in the file the next line goes; -1 for what has no such place."""
+        try:
+            return os.lseek(self._stream.fileno(), 0, os.SEEK_CUR)
+        except (OSError, ValueError, AttributeError):
+            return -1
 
     def _take_back(self, size: int) -> int:
         """Take the half of a line out of a file again, where it is the last that stands there; return what went."""
-        if not size:
+        if not size or (at := self._tell()) < 0:
             return 0
         try:
             descriptor = self._stream.fileno()
-            at = os.lseek(descriptor, 0, os.SEEK_CUR)  # no pipe has one
-            if at != os.fstat(descriptor).st_size:
+            if at != self._at or at != os.fstat(descriptor).st_size:  # somebody else wrote
                 return 0
             os.ftruncate(descriptor, at - size)
             os.lseek(descriptor, at - size, os.SEEK_SET)

@@ -351,14 +351,14 @@ class HttpSession:
             usual=plain and head.minor == 1 and head.keep_alive and head.method != b"HEAD",
         )
         if head.expect_continue and head.minor:
-            asyncio.get_running_loop().call_later(EXPECTED, self._go_on, exchange)
+            self._connection.later(EXPECTED, self._go_on, exchange)
         self._begin(exchange, sent)
 
     def _go_on(self, exchange: Exchange) -> None:
         """Ask for the body that the client holds back, where the app says nothing (RFC 9110 10.1.1)."""
         if self._exchange is exchange and exchange.response is None and not (exchange.timing.bytes_in or self._buffer):
             if self._upstream is None:  # it is being dialled yet
-                asyncio.get_running_loop().call_later(EXPECTED, self._go_on, exchange)
+                self._connection.later(EXPECTED, self._go_on, exchange)
                 return
             self._channel.write(_GO_ON)
             self._flush()

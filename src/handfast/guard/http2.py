@@ -12,7 +12,6 @@ and the connection's is the nearest of them.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from base64 import b64encode
 from collections.abc import Callable, Sequence
@@ -171,7 +170,7 @@ class Http2Session:
         else:
             self._leaving = True
             self._say_goaway(MOST_STREAMS)
-            asyncio.get_running_loop().call_later(_ON_ITS_WAY, self._finish_now)
+            self.connection.later(_ON_ITS_WAY, self._finish_now)
 
     def _finish_now(self) -> None:
         """Take no more requests."""
@@ -245,8 +244,11 @@ class Http2Session:
             case WindowUpdated():
                 if not event.stream_id:
                     self._pump()
-                elif (stream := self.hungry.pop(event.stream_id, None)) is not None:
-                    stream.pump()
+                elif event.stream_id in self.hungry:
+                    if self.machine.unsent < _TURN:
+                        self.hungry.pop(event.stream_id).pump()
+                    else:
+                        self._pump_later()
             case StreamReset():
                 # Made to reset it ourselves, at no less a cost (CVE-2025-8671), it counts in any case.
                 lived = 0.0
@@ -335,7 +337,7 @@ class Http2Session:
         self._streams[event.stream_id] = stream
         stream.wait()
         if known.head.expect_continue and not asked:
-            asyncio.get_running_loop().call_later(EXPECTED, self._go_on, stream)
+            self.connection.later(EXPECTED, self._go_on, stream)
         if upstreams.target.speech is Speech.HTTP2:
             if not known.fields:
                 fields = request_fields(event.headers, known.head, known.set_headers, known.strip)
@@ -354,7 +356,8 @@ class Http2Session:
 
     def _go_on(self, stream: Stream) -> None:
         """Ask for the body that the client holds back, where the app says nothing (RFC 9110 10.1.1)."""
-        if self._streams.get(stream.id) is stream and not (stream.status or stream.timing.bytes_in):
+        closing = self._closed or self.connection.transport.is_closing()
+        if self._streams.get(stream.id) is stream and not (stream.status or stream.timing.bytes_in or closing):
             stream.informed(answer_head(100, []))
             self.flush()
 
@@ -475,9 +478,12 @@ class Http2Session:
                 stream.pump()
         if hungry:
             self.hungry = {one: stream for one, stream in hungry.items() if one in self._streams} | self.hungry
-            if not self._pumping:
-                self._pumping = True
-                asyncio.get_running_loop().call_soon(self._pump_on)
+            self._pump_later()
+
+    def _pump_later(self) -> None:
+        if not self._pumping:
+            self._pumping = True
+            self.connection.later(0, self._pump_on)
 
     def _pump_on(self) -> None:
         self._pumping = False

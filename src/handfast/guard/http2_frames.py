@@ -33,7 +33,7 @@ _HEADER = 9  # bytes of a frame's head, RFC 9113 4.1
 # Envoy takes 10 WINDOW_UPDATE for each DATA that it sent.
 _RESETS = (400, 100)
 _BRIEF = 0.05  # seconds; Envoy counts streams of less than one second, when they are more than half of all
-_ALL_RESETS = (2000, 2000)  # MAX_STREAMS each _BRIEF, and those of streams that are over already
+_LATE_RESETS = (2000, 500)  # those of streams that lived longer: deadlines. The app may work on for each of them
 _QUIET = (1000, 200)
 _EARNED = 10  # quiet frames that each DATA of ours gives a right to
 _EARNED_BY_THEIRS = 2  # and each of the peer's own
@@ -84,7 +84,7 @@ class Frames:
         self.reader = reader
         self._count_resets = count_resets  # those of an app are its answers: a gRPC server may end each call with one
         self._resets = _Budget("resets", *_RESETS)
-        self._all_resets = _Budget("resets", *_ALL_RESETS)
+        self._late_resets = _Budget("resets", *_LATE_RESETS)
         self._quiet = _Budget("frames that ask for nothing", *_QUIET)
         self.count = 0
         self.goaway: GoAwayFrame | None = None
@@ -107,10 +107,7 @@ class Frames:
         self._quiet.earn(_EARNED)
 
     def spend_reset(self, lived: float = 0.0) -> None:
-        """Count a stream that was begun for nothing: it ended after so many seconds, and unanswered.
-
-        Of those that live longer there are no more than `MAX_STREAMS` each `_BRIEF`: a client with deadlines.
-        """
+        """Count a stream that was begun for nothing: it ended after so many seconds. All resets are counted as late."""
         if lived < _BRIEF:
             self._resets.spend()
 
@@ -155,7 +152,7 @@ class Frames:
         elif isinstance(frame, RstStreamFrame):
             self.count += 1
             if self._count_resets:
-                self._all_resets.spend()
+                self._late_resets.spend()
         else:
             self.saw_quiet()
         return frame

@@ -6,7 +6,6 @@ brings the answer: a `Line` (http2_lines) to an app of HTTP/1.1, a `Call` (http2
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from math import inf
 from time import monotonic
@@ -159,7 +158,7 @@ class Stream:
         if out.done:
             self.log()
             self._finish()
-        elif out.size:
+        elif out.size or out.last:  # the end alone waits too, while the way to the client is full
             self._session.hungry[self.id] = self
             if out.size < before or not self._stalled:  # what the app adds buys the client no time
                 self._stalled = True
@@ -275,7 +274,7 @@ class Stream:
         The client is told so in a write of its own: some (curl 7.88) lose an answer that is read together with it.
         """
         if not self.asked:
-            asyncio.get_running_loop().call_soon(self._session.need_no_more, self.id)
+            self._session.connection.later(0, self._session.need_no_more, self.id)
         self._end(ErrorCodes.NO_ERROR)
 
     def _end(self, code: int) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import socket
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,18 @@ def bind(place: Place, *, others: bool = False) -> socket.socket:
         return _listen(*_resolve(place), shared=False)
     except (OSError, UnicodeError) as error:
         raise cannot_listen(str(place), error) from None
+
+
+async def serve_unix(make: Callable[[], asyncio.Protocol], plug: socket.socket) -> asyncio.Server:
+    """Accept from a UNIX socket. Its name stays when that ends: it is not for one server alone.
+
+    From Python 3.13 on event loops remove the name else, and a pause or a hand-over would leave nobody a way in.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        return await loop.create_unix_server(make, sock=plug, backlog=BACKLOG, cleanup_socket=False)  # type: ignore[call-arg]  # since 3.13
+    except TypeError:  # an event loop that does not know it removes nothing
+        return await loop.create_unix_server(make, sock=plug, backlog=BACKLOG)
 
 
 def bind_shared(place: Place, count: int) -> list[socket.socket]:

@@ -18,7 +18,7 @@ from time import monotonic, time
 from handfast.errors import Failure, HandfastError, Reason
 from handfast.guard.connection import Connection, Listener
 from handfast.guard.events import EventLog, told
-from handfast.guard.listening import BACKLOG, cannot_listen
+from handfast.guard.listening import BACKLOG, cannot_listen, serve_unix
 from handfast.guard.metrics import Metrics
 from handfast.guard.places import join_address
 from handfast.guard.routes import Snapshot
@@ -50,7 +50,8 @@ class Guard:
     _plugs: list[tuple[Callable[[], Connection], socket.socket]] = field(default_factory=list)
     _servers: list[asyncio.Server] = field(default_factory=list)
     _ceiling: int = field(default_factory=lambda: _ceiling())
-    _room: int = 1 << 31  # clients at a time for which there are descriptors, each with a connection to an app
+    expected: int = 0  # of the connections, those that may yet need one to an app
+    _room: int = 1 << 31  # descriptors for both
     _resuming: asyncio.Task[None] | None = None
     _full: bool = False  # no descriptor is left for another client: who connects waits in the kernel's queue
     _ticker: asyncio.TimerHandle | None = None
@@ -74,7 +75,7 @@ class Guard:
             raise cannot_listen(address, error) from None
         self._plugs.append((make, plug))
         with plug.dup() as lowest:
-            self._room = max((self._ceiling - lowest.fileno()) // 2, 1)
+            self._room = max(self._ceiling - lowest.fileno(), 1)
         if self._ticker is None:
             self._ticker = loop.call_later(TICK, self._tick)
             self._flusher = loop.call_later(FLUSH, self._flush)
@@ -84,22 +85,27 @@ class Guard:
         """Told of each client's descriptor: the kernel gives the lowest that is free, so a high one says it all.
 
         Accepting pauses then, before accept(2) fails: libuv would close those that wait, or ask without a pause. It
-        pauses too when each client that is here may yet need a descriptor for its app.
+        pauses too while all that are left may be needed for the apps of who is here already.
         """
-        clients = len(self.connections)
-        if (descriptor >= self._ceiling or clients >= self._room) and not self._full and not self.draining:
+        if (descriptor >= self._ceiling or self._taken >= self._room) and not self._full and not self.draining:
             self._full = True
             self._close_servers()
+            clients = len(self.connections)
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             detail = f"{clients} clients, and {limit} open files for them, their connections to apps, and the rest"
             self.log.emit("accepting", self.now, {"paused": True, "detail": detail, "remedy": MORE_FILES})
+
+    @property
+    def _taken(self) -> int:
+        """Descriptors that clients have, or may need for their apps."""
+        return len(self.connections) + self.expected
 
     async def _accept(self, make: Callable[[], Connection], plug: socket.socket) -> None:
         """Accept from a socket, by a copy of it: it outlives a pause."""
         loop, copy = asyncio.get_running_loop(), plug.dup()
         try:
             if plug.family == socket.AF_UNIX:
-                server = await loop.create_unix_server(make, sock=copy, backlog=BACKLOG)
+                server = await serve_unix(make, copy)
             else:
                 server = await loop.create_server(make, sock=copy, backlog=BACKLOG)
         except OSError:
@@ -114,8 +120,7 @@ class Guard:
         """Accept again, once there is room for some."""
         try:
             with self._plugs[0][1].dup() as lowest:
-                few = len(self.connections) < self._room
-                if lowest.fileno() >= self._ceiling - _SPARE[0] // 2 or not few or self.draining:
+                if lowest.fileno() >= self._ceiling - _SPARE[0] // 2 or self._taken >= self._room or self.draining:
                     return
             for make, plug in self._plugs:
                 await self._accept(make, plug)

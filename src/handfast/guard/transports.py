@@ -15,7 +15,7 @@ from typing import ParamSpec
 
 LINGER, LONGEST_LINGER = 2.0, 30.0  # seconds of silence, and in all, for a peer that was refused to read why
 LINGER_BYTES = 1 << 30  # and what it may send meanwhile: who is in the midst of an upload reads after it
-_UNREAD = 1 << 16  # bytes that are read of what a connection leaves behind
+_UNREAD = 1 << 20  # bytes, or so, that are read of what a connection leaves behind
 _RESET = struct.pack("ii", 1, 0)  # socket(7): with a linger time of zero, close sends RST
 _P = ParamSpec("_P")
 
@@ -41,11 +41,11 @@ def unread(transport: asyncio.Transport) -> bytes:
     The transports end there. But a server that refuses an upload, or our certificate, says why before it closes with
     bytes of ours unread, and the kernel has it.
     """
-    plug = transport.get_extra_info("socket")
-    try:
-        return b"" if plug is None else os.read(plug.fileno(), _UNREAD)
-    except OSError:
-        return b""
+    plug, came = transport.get_extra_info("socket"), b""
+    with suppress(OSError):
+        while plug is not None and len(came) < _UNREAD and (piece := os.read(plug.fileno(), 1 << 16)):
+            came += piece
+    return came
 
 
 def tell(on_bug: Callable[[Exception], None], what: Callable[_P, None], *news: _P.args, **more: _P.kwargs) -> None:

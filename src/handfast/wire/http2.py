@@ -27,6 +27,7 @@ from handfast.wire.http1 import (
 from handfast.wire.identity import fold
 from handfast.wire.targets import MAX_HOST
 
+MAX_CRUMBS = 180  # pairs of a cookie that may come by themselves (RFC 9113 8.2.3), as many as Chrome keeps of a site
 MAX_LIST = MAX_HEAD  # bytes of a header list, counted as RFC 9113 6.5.2 does
 
 # RFC 9113 8.2.1, with the token of RFC 9110 5.6.2 for names. Values may be empty.
@@ -174,7 +175,10 @@ def _checked(fields: Sequence[Header]) -> Sequence[Header]:
     `grpc-message`; HTTP/1.1 takes it away (RFC 9110 5.5), and so do we.
     """
     trimmed = False
-    if len(fields) > MAX_HEADERS and sum(name != b"cookie" for name, _ in fields) >= MAX_HEADERS:  # crumbs are one
+    # The crumbs of a cookie are one header, and cost as much to read as others.
+    if len(fields) > MAX_HEADERS and (
+        len(fields) > MAX_HEADERS + MAX_CRUMBS or sum(name != b"cookie" for name, _ in fields) >= MAX_HEADERS
+    ):
         raise RemoteProtocolError(
             Reason.HTTP_TOO_MANY_HEADERS, limit=MAX_HEADERS, detail=f"more than {MAX_HEADERS} headers"
         )
