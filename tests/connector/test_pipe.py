@@ -151,6 +151,32 @@ def test_a_stream_that_the_server_cuts_is_a_reset(ca: Ca, tmp_path: Path) -> Non
         assert "the server cut the connection" in closed["detail"]
 
 
+def test_what_came_before_a_cut_is_the_clients(ca: Ca, tmp_path: Path) -> None:
+    """A slow client gets every byte that a server sent before it closed without close_notify, then the reset."""
+    size = 200_000  # less than is read at once
+
+    def cut(tls: ssl.SSLSocket) -> None:
+        tls.recv(1 << 16)
+        tls.sendall(bytes(size))
+        socket.socket.shutdown(tls, socket.SHUT_WR)
+        tls.recv(1 << 16)
+
+    with (
+        Server(ca, tmp_path, cut) as server,
+        Calling(server.address, generation(ca, ca.client())) as calling,
+        calling.open() as plug,
+    ):
+        plug.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+        plug.sendall(b"all of it")
+        calling.events.next("closed")  # the connector has all of it
+        got = 0
+        with contextlib.suppress(ConnectionResetError):
+            while piece := plug.recv(1 << 14):
+                got += len(piece)
+            pytest.fail("a quiet end")
+        assert got == size
+
+
 def test_a_stream_that_the_client_cuts_is_no_end_for_the_server(ca: Ca, tmp_path: Path) -> None:
     """A local client that is reset in the midst of a request gives the server no close_notify."""
     ends: list[str] = []

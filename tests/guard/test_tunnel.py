@@ -36,7 +36,7 @@ def _connect(guard: Running, ca: Ca, leaf: Leaf | None, folder: Path) -> ssl.SSL
 
 
 def test_bytes_go_both_ways(ca: Ca, tmp_path: Path) -> None:
-    """An allowed peer gets the app's greeting first, and 4 MiB back as they were."""
+    """An allowed peer gets the app's greeting first, and 4 MiB back as they were. They are counted."""
     body = bytes(range(256)) * (1 << 14)
     with (
         Raw() as app,
@@ -55,6 +55,10 @@ def test_bytes_go_both_ways(ca: Ca, tmp_path: Path) -> None:
                 seen += len(piece)
         assert (seen, total.digest()) == (len(body), hashlib.sha256(body).digest())
         assert guard.events.next("connection")["decision"] == "allow"
+        tls.close()
+        closed = guard.events.next("closed")
+        counted = {("main", "in"): closed["bytes_in"], ("main", "out"): closed["bytes_out"]}
+        assert guard.guard.metrics._bytes == counted == {("main", "in"): len(body), ("main", "out"): len(body) + 6}
 
 
 @pytest.mark.parametrize(

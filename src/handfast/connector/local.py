@@ -28,7 +28,7 @@ from handfast.connector.call import Call, CallFailed
 from handfast.connector.words import Verdict
 from handfast.errors import Failure, Reason
 from handfast.guard.events import refusal_body, told
-from handfast.guard.transports import LINGER, LINGER_BYTES, reset, was_reset
+from handfast.guard.transports import LINGER, LINGER_BYTES, LONGEST_LINGER, reset, reset_when_taken, was_reset
 from handfast.tls.channel import TlsBroken
 from handfast.wire.http1 import plain_response
 
@@ -310,14 +310,14 @@ class Local(asyncio.Protocol):
         assert self._call is not None
         verdict = self._call.why_broken(failure)
         if self._answered:
-            self._end("cut", cut=True, failure=verdict.failure)
+            self._end("cut", cut=True, failure=verdict.failure, by_server=True)
         else:
             self._refused(verdict)
 
     def _cut_off(self) -> None:
         assert self._call is not None
         if self._answered or self._spoken:
-            self._end("cut", cut=True, failure=Failure(Reason.CONNECT_CUT, {"who": "the server"}))
+            self._end("cut", cut=True, failure=Failure(Reason.CONNECT_CUT, {"who": "the server"}), by_server=True)
         else:
             self._refused(self._call.why_silent(cut=True))
 
@@ -371,14 +371,17 @@ class Local(asyncio.Protocol):
             self._phase = Phase.GONE
             reset(self.transport)
 
-    def _end(self, how: str, *, cut: bool, failure: Failure | None = None) -> None:
+    def _end(self, how: str, *, cut: bool, failure: Failure | None = None, by_server: bool = False) -> None:
         call, self._call, self._phase = self._call, None, Phase.GONE
         if self._seeking is not None:
             self._seeking.cancel()
         if cut:
             if call is not None:
                 call.cut()
-            reset(self.transport)
+            if by_server:  # what came before is the local side's, if it takes it in time
+                reset_when_taken(self.transport, monotonic() + LONGEST_LINGER)
+            else:
+                reset(self.transport)
         else:
             if call is not None:
                 call.close()

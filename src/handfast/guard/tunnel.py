@@ -188,6 +188,7 @@ class Tunnel:
 
     def _log_end(self) -> None:
         took = round((monotonic() - self._connection.opened) * 1000, 1)
+        self._connection.guard.metrics.bytes(self._connection.listener.name, self._in, self._out)
         self._connection.event("closed", {"bytes_in": self._in, "bytes_out": self._out, "ms": took})
 
     def _close(self) -> None:
